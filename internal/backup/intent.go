@@ -11,7 +11,7 @@ type Intent struct {
 	Host    string    `json:"host"`
 	PID     int       `json:"pid"`
 	Started time.Time `json:"started"`
-	Tags    Tags      `json:"tags"`            // what the provider's things carry
-	Deletes bool      `json:"deletes"`         // true: the backup was being deleted
+	Tags    Tags      `json:"tags"`             // what the provider's things carry
+	Deletes bool      `json:"deletes"`          // true: the backup was being deleted
 	Mounts  []string  `json:"mounts,omitempty"` // that may be frozen
 }

@@ -129,6 +129,9 @@ type Complete struct {
 
 // EncodeManifest returns the bytes to store, which Digest is taken of.
 func EncodeManifest(m Manifest) ([]byte, error) {
+	if m.Version != ManifestVersion {
+		return nil, fmt.Errorf("encode manifest: version %d, this cleancut writes %d", m.Version, ManifestVersion)
+	}
 	if err := m.Validate(); err != nil {
 		return nil, err
 	}

@@ -132,10 +132,15 @@ func (t Topology) Place(kind PlaceKind) (Place, bool) {
 
 // FreezeOrder returns the indexes of the filesystems in the order to freeze
 // them: the one with the WAL last, because a commit that hangs on a frozen
-// WAL can hold locks that writers of the data need.
+// WAL can hold locks that writers of the data need. Without a place of its own
+// the WAL is in the data directory.
 func (t Topology) FreezeOrder() []int {
+	p, ok := t.Place(PlaceWAL)
+	if !ok {
+		p, ok = t.Place(PlaceData)
+	}
 	wal := -1
-	if p, ok := t.Place(PlaceWAL); ok {
+	if ok {
 		wal = p.Filesystem
 	}
 	order := make([]int, 0, len(t.Filesystems))

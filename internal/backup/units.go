@@ -40,17 +40,24 @@ func (l *LSN) UnmarshalText(b []byte) error {
 // Bytes is a size. JSON holds the plain number; String is for people.
 type Bytes int64
 
-// String gives three significant digits in powers of 1024: "1.50 GiB".
+// String gives three significant digits in powers of 1024: "1.50 GiB"
+// (four from 1000 on: "1023 MiB").
 func (b Bytes) String() string {
 	const units = "KMGTPE"
 	if b < 1024 {
 		return fmt.Sprintf("%d B", int64(b))
 	}
 	v, i := float64(b)/1024, 0
-	for v >= 1024 && i < len(units)-1 {
+	for v >= 1023.5 && i < len(units)-1 { // what would round to 1024
 		v, i = v/1024, i+1
 	}
-	return fmt.Sprintf("%.3g %ciB", v, units[i])
+	decimals := 2
+	if v >= 99.95 {
+		decimals = 0
+	} else if v >= 9.995 {
+		decimals = 1
+	}
+	return fmt.Sprintf("%.*f %ciB", decimals, v, units[i])
 }
 
 // ParseBytes reads a size as people write it: "4G", "512MiB", "1048576".

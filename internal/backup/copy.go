@@ -1,0 +1,69 @@
+package backup
+
+import (
+	"path/filepath"
+	"time"
+)
+
+// Purpose says why a copy exists, and so whether it may go when its maker is
+// dead.
+type Purpose string
+
+// The purposes. Copies for verify and dump are removed by whoever made them,
+// or by sweep.
+const (
+	ForRestore Purpose = "restore" // stays until it is removed on request
+	ForVerify  Purpose = "verify"
+	ForDump    Purpose = "dump"
+)
+
+// Copy is a cluster made from a backup on some host. It is written to the
+// host's state before the first volume is made and updated along the way: it
+// is the ledger by which the copy is taken down again.
+type Copy struct {
+	ID            ID               `json:"id"`
+	Backup        ID               `json:"backup"`
+	Cluster       string           `json:"cluster"`
+	Host          string           `json:"host"`
+	Purpose       Purpose          `json:"purpose"`
+	Root          string           `json:"root"` // folder below which everything of the copy is
+	Created       time.Time        `json:"created"`
+	Ready         bool             `json:"ready"` // recovered and handed over; before that, sweep may remove it
+	Volumes       []CopyVolume     `json:"volumes"`
+	Filesystems   []CopyFilesystem `json:"filesystems"`
+	DataDirectory string           `json:"data_directory"`
+	Major         int              `json:"major"`
+	SocketDir     string           `json:"socket_dir"`
+	Port          int              `json:"port"`
+	Superuser     string           `json:"superuser"`
+	EndOfRecovery LSN              `json:"end_of_recovery"`
+	FirstQuery    float64          `json:"seconds_to_first_query"` // from the server's start
+}
+
+// CopyVolume is one member of a copy.
+type CopyVolume struct {
+	Member   int        `json:"member"`
+	Snapshot SnapshotID `json:"snapshot"`
+	Volume   VolumeID   `json:"volume"`
+	Device   string     `json:"device"`
+}
+
+// CopyFilesystem is one filesystem of a copy, in the order of the topology.
+type CopyFilesystem struct {
+	Type       string `json:"type"`
+	Device     string `json:"device"`
+	Mountpoint string `json:"mountpoint"`
+}
+
+// Path returns where a path of the original is in the copy: everything keeps
+// its place below the copy's root.
+func (c Copy) Path(original string) string { return filepath.Join(c.Root, original) }
+
+// PrivateDir is the folder for what cleancut itself puts beside the cluster:
+// socket, configuration, log.
+func (c Copy) PrivateDir() string { return filepath.Join(c.Root, ".cleancut") }
+
+// Tags is what every volume of the copy carries.
+func (c Copy) Tags() Tags {
+	return Tags{TagCopy: string(c.ID), TagBackup: string(c.Backup), TagCluster: c.Cluster, TagHost: c.Host}
+}

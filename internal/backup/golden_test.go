@@ -1,0 +1,201 @@
+package backup_test
+
+import (
+	"bytes"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"cleancut/internal/backup"
+)
+
+var update = flag.Bool("update", false, "write the golden files of the present manifest version anew")
+
+// TestManifestsLookAsTheyAlwaysDid pins the bytes that the present version
+// writes. When ManifestVersion rises, its golden files are added beside those
+// of the versions before, which nothing writes any more.
+func TestManifestsLookAsTheyAlwaysDid(t *testing.T) {
+	for name, m := range map[string]backup.Manifest{"raid0": raid0(), "separate": separate()} {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join("testdata", fmt.Sprintf("manifest-v%d-%s.json", backup.ManifestVersion, name))
+			got, err := backup.EncodeManifest(m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if *update {
+				if err := os.WriteFile(path, got, 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(got, want) {
+				t.Errorf("%s differs; got\n%s", path, got)
+			}
+			back, err := backup.DecodeManifest(want)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !reflect.DeepEqual(back, m) {
+				t.Errorf("decoded: got\n%+v\nwant\n%+v", back, m)
+			}
+		})
+	}
+}
+
+func TestEveryManifestEverWrittenIsReadable(t *testing.T) {
+	paths, err := filepath.Glob("testdata/manifest-v*.json")
+	if err != nil || len(paths) < 2 {
+		t.Fatalf("golden files: got %v, %v", paths, err)
+	}
+	for _, path := range paths {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m, err := backup.DecodeManifest(b)
+		if err != nil {
+			t.Errorf("%s: %v", path, err)
+		}
+		if m.ID == "" || len(m.Snapshots) == 0 || m.Cut.FlushLSN == 0 || m.Server.SystemIdentifier == 0 {
+			t.Errorf("%s: decoded to %+v", path, m)
+		}
+	}
+}
+
+func at(s string) time.Time {
+	t, err := time.Parse(time.RFC3339Nano, s)
+	if err != nil {
+		panic(err)
+	}
+	return t
+}
+
+func volume(id string, size backup.Bytes) *backup.Volume {
+	return &backup.Volume{ID: backup.VolumeID(id), Provider: "local", Size: size}
+}
+
+// raid0 is the cluster of the story: four local volumes under one md RAID 0
+// with XFS, cut by a freeze.
+func raid0() backup.Manifest {
+	const size = 16 << 30
+	var members []backup.Device
+	var snaps []backup.Snapshot
+	for i := range 4 {
+		v := volume(fmt.Sprintf("v-7c1e%04d", i), size)
+		members = append(members, backup.Device{Kind: backup.DeviceVolume, Name: fmt.Sprintf("loop%d", i), Size: size, Volume: v})
+		snaps = append(snaps, backup.Snapshot{
+			ID: backup.SnapshotID(fmt.Sprintf("s-90ab%04d", i)), Volume: *v, Member: i,
+			Requested: at("2026-11-22T21:17:04.412018311Z").Add(time.Duration(i) * 250 * time.Microsecond),
+			Responded: at("2026-11-22T21:17:04.420553902Z").Add(time.Duration(i) * 410 * time.Microsecond),
+		})
+	}
+	return backup.Manifest{
+		Version: 1, ID: "20261122T211704Z-5f3a9c", Cluster: "main", Tool: "0.1.0", Host: "db1.example.org", Created: at("2026-11-22T21:17:04.46002Z"),
+		Server: backup.Server{
+			SystemIdentifier: 7442618403113921842, VersionNum: 150018, Version: "15.18 (Debian 15.18-0+deb12u1)", Timeline: 1,
+			BlockSize: 8192, WALBlockSize: 8192, WALSegmentSize: 16 << 20, DataChecksums: true,
+			DataDirectory: "/srv/pg/15/main", UID: 105, GID: 113, Superuser: "postgres",
+			Settings: map[string]string{
+				"archive_mode": "on", "archive_command": "test ! -f /srv/inbox/%f && cp %p /srv/inbox/%f",
+				"max_wal_size": "4096", "shared_buffers": "262144", "config_file": "/etc/postgresql/15/main/postgresql.conf",
+			},
+			Databases: []backup.Database{{Name: "play", Size: 131847983}, {Name: "postgres", Size: 7705379}},
+			Unlogged:  []string{"play.public.scratch"},
+			Notes:     []string{"full_page_writes is off"},
+		},
+		Topology: backup.Topology{
+			Filesystems: []backup.Filesystem{{
+				Type: "xfs", UUID: "0f3b2a9e-6a2e-4c5b-9d0e-0d7c3c6b1a55", Label: "pgdata", Mountpoint: "/srv/pg",
+				Options: []string{"rw", "noatime", "attr2", "inode64", "logbufs=8", "logbsize=32k", "sunit=1024", "swidth=4096", "noquota"},
+				Size:    4 * (size - 8<<20),
+				Device: backup.Device{
+					Kind: backup.DeviceArray, Name: "md0", Size: 4 * (size - 8<<20),
+					Array:   &backup.Array{UUID: "a36c8f53:8f1a0d02:6f2b9c55:0e9d7b11", Name: "db1:pgdata", Level: "raid0", Metadata: "1.2", ChunkBytes: 512 << 10},
+					Members: members,
+				},
+			}},
+			Places: []backup.Place{
+				{Kind: backup.PlaceData, Path: "/srv/pg/15/main", Filesystem: 0, Rel: "15/main"},
+				{Kind: backup.PlaceWAL, Path: "/srv/pg/15/main/pg_wal", Filesystem: 0, Rel: "15/main/pg_wal"},
+			},
+			NotCovered: []string{"/etc/postgresql/15/main/postgresql.conf", "/etc/postgresql/15/main/pg_hba.conf"},
+		},
+		Cut: backup.Cut{
+			Achieved: backup.Atomic, How: backup.ModeFreeze, FlushLSN: 0x3_A91C_07F8, Deadline: 10 * time.Second, SyncRounds: []float64{1843.2, 212.75, 61.5},
+			Frozen: []backup.Frozen{{
+				Mountpoint: "/srv/pg", Called: at("2026-11-22T21:17:04.3800012Z"), Held: at("2026-11-22T21:17:04.4119007Z"), Thawed: at("2026-11-22T21:17:04.4220019Z"),
+			}},
+			FreezeMS: 42.0007, SpreadMS: 0.75,
+		},
+		Snapshots: snaps,
+		SideFiles: []backup.SideFile{
+			{Path: "/etc/postgresql/15/main/postgresql.conf", Name: "0", SHA256: strings.Repeat("3b7e", 16)},
+			{Path: "/etc/postgresql/15/main/pg_hba.conf", Name: "1", SHA256: strings.Repeat("90c4", 16)},
+		},
+	}
+}
+
+// separate has data, WAL and two tablespaces on volumes of their own; the data
+// and one tablespace are partitions of one volume. An EC2 group cut it.
+func separate() backup.Manifest {
+	vols := []*backup.Volume{
+		{ID: "vol-0a1b2c3d4e5f60718", Provider: "ec2", Size: 500 << 30},
+		{ID: "vol-0b1b2c3d4e5f60719", Provider: "ec2", Size: 50 << 30},
+		{ID: "vol-0c1b2c3d4e5f6071a", Provider: "ec2", Size: 2 << 40},
+	}
+	disk := []backup.Device{
+		{Kind: backup.DeviceVolume, Name: "nvme1n1", Size: vols[0].Size, Volume: vols[0]},
+		{Kind: backup.DeviceVolume, Name: "nvme2n1", Size: vols[1].Size, Volume: vols[1]},
+		{Kind: backup.DeviceVolume, Name: "nvme3n1", Size: vols[2].Size, Volume: vols[2]},
+	}
+	part := func(n int, start, size backup.Bytes) backup.Device {
+		return backup.Device{
+			Kind: backup.DevicePartition, Name: fmt.Sprintf("nvme1n1p%d", n), Size: size,
+			Partition: &backup.Partition{Number: n, Start: start, Size: size}, Members: disk[:1:1],
+		}
+	}
+	var snaps []backup.Snapshot
+	for i, v := range vols {
+		snaps = append(snaps, backup.Snapshot{
+			ID: backup.SnapshotID(fmt.Sprintf("snap-0f00000000000000%d", i)), Volume: *v, Member: i,
+			Requested: at("2026-11-23T02:00:11.1Z"), Responded: at("2026-11-23T02:00:12.31Z"),
+		})
+	}
+	opts := []string{"rw", "relatime"}
+	return backup.Manifest{
+		Version: 1, ID: "20261123T020009Z-00c0de", Cluster: "shop-eu.prod_1", Tool: "0.1.0+dirty", Host: "ip-10-0-3-17", Created: at("2026-11-23T02:00:12.9Z"),
+		Server: backup.Server{
+			SystemIdentifier: 18446744073709551615, VersionNum: 180001, Version: "18.1", Timeline: 7,
+			BlockSize: 8192, WALBlockSize: 8192, WALSegmentSize: 64 << 20,
+			DataDirectory: "/data/pg", UID: 26, GID: 26, Superuser: "backup operator",
+			Settings:  map[string]string{"wal_level": "logical"},
+			Databases: []backup.Database{{Name: "Größe \"42\"", Size: 3 << 40}},
+		},
+		Topology: backup.Topology{
+			Filesystems: []backup.Filesystem{
+				{Type: "ext4", UUID: "11111111-2222-4333-8444-555555555555", Mountpoint: "/data", Options: opts, Size: 400 << 30, Device: part(1, 1<<20, 400<<30)},
+				{Type: "xfs", UUID: "21111111-2222-4333-8444-555555555555", Mountpoint: "/wal", Options: opts, Size: 50 << 30, Device: disk[1]},
+				{Type: "ext4", UUID: "31111111-2222-4333-8444-555555555555", Mountpoint: "/data/fast", Options: opts, Size: 99 << 30, Device: part(2, 400<<30+1<<20, 99<<30)},
+				{Type: "xfs", UUID: "41111111-2222-4333-8444-555555555555", Label: "cold", Mountpoint: "/mnt/cold store", Options: opts, Size: 2 << 40, Device: disk[2]},
+			},
+			Places: []backup.Place{
+				{Kind: backup.PlaceData, Path: "/data/pg", Filesystem: 0, Rel: "pg"},
+				{Kind: backup.PlaceWAL, Path: "/wal", Link: "pg_wal", Filesystem: 1, Rel: "."},
+				{Kind: backup.PlaceTablespace, OID: 16385, Path: "/data/fast/ts", Link: "pg_tblspc/16385", Filesystem: 2, Rel: "ts"},
+				{Kind: backup.PlaceTablespace, OID: 16386, Path: "/mnt/cold store/ts", Link: "pg_tblspc/16386", Filesystem: 3, Rel: "ts"},
+			},
+		},
+		Cut: backup.Cut{
+			Achieved: backup.Atomic, How: backup.ModeGroup, FlushLSN: 0x1A2B_0000_0060, Deadline: 30 * time.Second, SyncRounds: []float64{12.5},
+		},
+		Snapshots: snaps,
+	}
+}

@@ -1,0 +1,211 @@
+package flow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/flow/dump"
+	"cleancut/internal/flow/restore"
+	"cleancut/internal/flow/verify"
+	"cleancut/internal/postgres"
+)
+
+// RestoreOptions says what to restore and where to.
+type RestoreOptions struct {
+	ID      backup.ID
+	Root    string // folder of the copy; empty: a folder of our own below the state folder
+	Purpose backup.Purpose
+	// AllowTorn restores what the drill cut without protection. No command sets it.
+	AllowTorn bool
+}
+
+// Restored is a running copy.
+type Restored struct {
+	Copy         backup.Copy
+	Manifest     backup.Manifest
+	Instance     *postgres.Instance
+	Installation postgres.Installation
+}
+
+// Restore makes a copy of a backup, recovers it and leaves it running. On an
+// error everything of it is removed again. The returned release gives up the
+// lock on the copy; the copy stays.
+func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, release func(), err error) {
+	entry, err := f.Catalog.Backup(ctx, o.ID)
+	if err != nil {
+		return r, nil, err
+	}
+	m := entry.Manifest
+	if m.Cut.Achieved != backup.Atomic && !o.AllowTorn {
+		return r, nil, fmt.Errorf("backup %s is %s, only an atomic one can be restored: %w", m.ID, m.Cut.Achieved, backup.ErrUnsupported)
+	}
+	inst, err := postgres.FindInstallation(ctx, m.Server.Major(), f.BinDirs)
+	if err != nil {
+		return r, nil, err
+	}
+	c := backup.Copy{ID: backup.NewID(time.Now()), Backup: m.ID, Cluster: m.Cluster, Host: f.Host, Purpose: o.Purpose, Created: time.Now().UTC(), Major: m.Server.Major()}
+	release, err = f.State.Lock(lockCopy(c.ID))
+	if err != nil {
+		return r, nil, err
+	}
+	if c.Root, err = f.makeRoot(o.Root, c.ID); err != nil {
+		release()
+		return r, nil, err
+	}
+	if err := f.State.PutCopy(c); err != nil {
+		release()
+		return r, nil, errors.Join(err, os.Remove(c.Root))
+	}
+	r = Restored{Manifest: m, Installation: inst}
+	r.Copy, r.Instance, err = restore.Run(ctx, f.Provider, restore.Options{Manifest: m, Digest: entry.Complete.Digest, Copy: c, Installation: inst,
+		Save: f.State.PutCopy, Progress: f.tell})
+	if err != nil {
+		err = errors.Join(err, f.undoCopy(ctx, r.Copy))
+		release()
+		return r, nil, err
+	}
+	return r, release, nil
+}
+
+// makeRoot makes the folder of a copy. It must be new or empty.
+func (f *Flow) makeRoot(root string, id backup.ID) (string, error) {
+	if root == "" {
+		root = filepath.Join(f.State.Path(), "mnt", string(id))
+	}
+	root, err := filepath.Abs(root)
+	if err != nil {
+		return "", fmt.Errorf("folder of the copy: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(root), 0o755); err != nil {
+		return "", fmt.Errorf("folder of the copy: %w", err)
+	}
+	parent, err := filepath.EvalSymlinks(filepath.Dir(root))
+	if err != nil {
+		return "", fmt.Errorf("folder of the copy: %w", err)
+	}
+	root = filepath.Join(parent, filepath.Base(root))
+	if err := os.Mkdir(root, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
+		return "", fmt.Errorf("folder of the copy: %w", err)
+	}
+	entries, err := os.ReadDir(root)
+	if err != nil {
+		return "", fmt.Errorf("folder of the copy: %w", err)
+	}
+	if len(entries) > 0 {
+		return "", backup.Hint(fmt.Errorf("%s is not empty: %w", root, backup.ErrUsage), "choose a new folder; nothing there is overwritten")
+	}
+	return root, nil
+}
+
+// undoCopy removes a copy and forgets it, on a context of its own.
+func (f *Flow) undoCopy(ctx context.Context, c backup.Copy) error {
+	ctx, cancel := undoing(ctx)
+	defer cancel()
+	f.tell("undo", "removing copy "+string(c.ID))
+	if err := restore.Undo(ctx, f.Provider, c); err != nil {
+		return err
+	}
+	return f.State.RemoveCopy(c.ID)
+}
+
+// RemoveCopy takes down the copy that stands at root on this host.
+func (f *Flow) RemoveCopy(ctx context.Context, root string) (backup.Copy, error) {
+	abs, err := filepath.Abs(root)
+	if err != nil {
+		return backup.Copy{}, err
+	}
+	if real, err := filepath.EvalSymlinks(abs); err == nil {
+		abs = real
+	}
+	copies, err := f.State.Copies()
+	for _, c := range copies {
+		if c.Root != abs {
+			continue
+		}
+		release, err := f.State.Lock(lockCopy(c.ID))
+		if err != nil {
+			return c, fmt.Errorf("copy %s is being worked on: %w", c.ID, err)
+		}
+		defer release()
+		return c, f.undoCopy(ctx, c)
+	}
+	return backup.Copy{}, errors.Join(backup.Hint(fmt.Errorf("no copy at %s: %w", abs, backup.ErrNotFound), "`cleancut sweep --dry-run` lists what stands on this host"), err)
+}
+
+// Verify restores a backup into a throwaway copy, checks it, removes the copy
+// and records the verdict in the catalog. Damage is an error that wraps
+// backup.ErrDamage; so is a copy that does not start.
+func (f *Flow) Verify(ctx context.Context, id backup.ID, level backup.Level) (v backup.Verdict, err error) {
+	start := time.Now()
+	r, release, err := f.Restore(ctx, RestoreOptions{ID: id, Purpose: backup.ForVerify})
+	switch {
+	case errors.Is(err, restore.ErrNoStart) && ctx.Err() == nil:
+		v = backup.Verdict{Backup: id, Level: level, Time: start.UTC(), Checks: []backup.Check{{Name: "recovered", Result: backup.Failed, Detail: err.Error()}}}
+	case err != nil:
+		return v, err
+	default:
+		defer release()
+		v, err = verify.Run(ctx, verify.Options{Copy: r.Copy, Manifest: r.Manifest, Instance: r.Instance, Installation: r.Installation, Level: level,
+			Progress: func(check string) { f.tell("check", check) }})
+		if err = errors.Join(err, f.undoCopy(ctx, r.Copy)); err != nil {
+			return v, err
+		}
+	}
+	v.Tool, v.Host, v.Seconds = f.Tool, f.Host, time.Since(start).Seconds()
+	if err := f.Catalog.PutVerdict(ctx, v); err != nil {
+		return v, err
+	}
+	if !v.Good() {
+		return v, errors.Join(fmt.Errorf("backup %s: %w", id, backup.ErrDamage), err)
+	}
+	return v, nil
+}
+
+// DumpOptions says where the dump goes.
+type DumpOptions struct {
+	ID    backup.ID
+	Level int
+	// Out gets the archive; nil puts it into the catalog under Name.
+	Out      io.Writer
+	Name     string
+	Progress func(sql, compressed backup.Bytes)
+}
+
+// Dump restores a backup into a throwaway copy, streams pg_dumpall from it and
+// removes the copy.
+func (f *Flow) Dump(ctx context.Context, o DumpOptions) (res dump.Result, err error) {
+	r, release, err := f.Restore(ctx, RestoreOptions{ID: o.ID, Purpose: backup.ForDump})
+	if err != nil {
+		return res, err
+	}
+	defer release()
+	defer func() { err = errors.Join(err, f.undoCopy(ctx, r.Copy)) }()
+	f.tell("dump", "pg_dumpall")
+	options := dump.Options{Instance: r.Instance, Level: o.Level, Progress: o.Progress}
+	if o.Out != nil {
+		return dump.Run(ctx, o.Out, options)
+	}
+	return f.dumpToCatalog(ctx, o, options)
+}
+
+// dumpToCatalog streams through a pipe, so that a failed dump fails the Put,
+// which then leaves nothing.
+func (f *Flow) dumpToCatalog(ctx context.Context, o DumpOptions, options dump.Options) (res dump.Result, err error) {
+	pr, pw := io.Pipe()
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		res, err = dump.Run(ctx, pw, options)
+		_ = pw.CloseWithError(err) // nil is EOF; a PipeWriter's Close never fails
+		done <- err
+	}()
+	err = f.Catalog.PutDump(ctx, o.ID, o.Name, pr)
+	_ = pr.CloseWithError(errors.New("the catalog stopped reading"))
+	return res, errors.Join(err, <-done)
+}

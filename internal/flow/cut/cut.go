@@ -1,0 +1,196 @@
+// Package cut takes the snapshots of all volumes of a topology at one instant.
+//
+//	Prepare → Arm → syncfs until quick → flush LSN → Freeze → Take → Thaw → check the set
+//
+// What always holds when Run returns, also with an error or when ctx ends:
+// nothing is frozen. Snapshots of a failed cut are left to the caller, who
+// finds them by their tags. While anything is frozen this package writes
+// nothing, logs nothing and starts no process.
+package cut
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/host"
+	"cleancut/internal/provider"
+)
+
+// Options says what to cut and how.
+type Options struct {
+	ID       backup.ID
+	Cluster  string
+	Topology backup.Topology
+	Mode     backup.Mode // freeze; none only for the drill
+	Skew     time.Duration
+	Deadline time.Duration // of the watchdog, from the first FIFREEZE
+	Quick    time.Duration // a syncfs round this short ends the rounds
+	Rounds   int           // at most so many
+	Watchdog []string      // command that runs host.Watch
+	// FlushedLSN returns the end of a WAL record that is flushed now.
+	FlushedLSN func(ctx context.Context) (backup.LSN, error)
+	// BeforeFreeze runs when all is armed, before the first syncfs; it may be nil.
+	BeforeFreeze func(ctx context.Context) error
+}
+
+// Provider is the part of provider.Provider that a cut needs.
+type Provider interface {
+	Prepare(ctx context.Context, set provider.Set) (provider.Cut, error)
+}
+
+// Result is what was achieved.
+type Result struct {
+	Cut       backup.Cut
+	Snapshots []backup.Snapshot
+}
+
+// Run takes the cut. Errors that mean "taken, but not at one instant" wrap
+// backup.ErrVoid.
+func Run(ctx context.Context, p Provider, o Options) (res Result, err error) {
+	members := o.Topology.Members()
+	set := provider.Set{Skew: o.Skew}
+	for _, m := range members {
+		set.Members = append(set.Members, provider.Member{Volume: m.Volume.ID, Tags: backup.SnapshotTags(o.ID, o.Cluster, m, len(members))})
+	}
+	prepared, err := p.Prepare(ctx, set)
+	if err != nil {
+		return res, fmt.Errorf("prepare the snapshots: %w", err)
+	}
+	defer func() { err = errors.Join(err, prepared.Close()) }()
+	if est := prepared.Estimate(); o.Mode == backup.ModeFreeze && est > o.Deadline/2 {
+		return res, backup.Hint(fmt.Errorf("the snapshots are expected to take %s inside the freeze, more than half of the deadline of %s: %w",
+			est.Round(time.Millisecond), o.Deadline, backup.ErrUnsupported),
+			"the volumes are badly fragmented (see `cleancut doctor`): rewrite them (a restored copy, xfs_fsr on the pool), or allow a longer stop with --deadline")
+	}
+	taken, res, err := take(ctx, prepared, o)
+	if err != nil {
+		return res, err
+	}
+	for i, t := range taken.Members {
+		res.Snapshots = append(res.Snapshots, backup.Snapshot{ID: t.Snapshot, Volume: t.Volume, Member: members[min(i, len(members)-1)].Index,
+			Requested: t.Requested, Responded: t.Responded})
+	}
+	return res, judge(&res, members, o)
+}
+
+func take(ctx context.Context, prepared provider.Cut, o Options) (provider.Taken, Result, error) {
+	switch o.Mode {
+	case backup.ModeFreeze:
+		return takeFrozen(ctx, prepared, o)
+	case backup.ModeNone:
+		return takeBare(ctx, prepared, o)
+	}
+	return provider.Taken{}, Result{}, fmt.Errorf("mode %s: %w", o.Mode, backup.ErrNotThere)
+}
+
+// takeBare cuts without any protection: the drill's way to show what that does.
+func takeBare(ctx context.Context, prepared provider.Cut, o Options) (provider.Taken, Result, error) {
+	res := Result{Cut: backup.Cut{Achieved: backup.Torn, How: backup.ModeNone}}
+	lsn, err := o.FlushedLSN(ctx)
+	if err != nil {
+		return provider.Taken{}, res, err
+	}
+	res.Cut.FlushLSN = lsn
+	taken, err := prepared.Take(ctx)
+	return taken, res, err
+}
+
+func takeFrozen(ctx context.Context, prepared provider.Cut, o Options) (taken provider.Taken, res Result, err error) {
+	res.Cut = backup.Cut{Achieved: backup.Torn, How: backup.ModeFreeze, Deadline: o.Deadline}
+	var mounts []string
+	for _, i := range o.Topology.FreezeOrder() {
+		mounts = append(mounts, o.Topology.Filesystems[i].Mountpoint)
+	}
+	freezer, err := host.Arm(ctx, o.Watchdog, mounts, o.Deadline)
+	if err != nil {
+		return taken, res, err
+	}
+	defer func() { err = errors.Join(err, freezer.Close()) }()
+	if o.BeforeFreeze != nil {
+		if err := o.BeforeFreeze(ctx); err != nil {
+			return taken, res, err
+		}
+	}
+	if res.Cut.SyncRounds, err = syncUntilQuick(ctx, freezer, o); err != nil {
+		return taken, res, err
+	}
+	if res.Cut.FlushLSN, err = o.FlushedLSN(ctx); err != nil {
+		return taken, res, fmt.Errorf("note the flushed LSN: %w", err)
+	}
+	if err := freezer.Freeze(ctx); err != nil {
+		return taken, res, err
+	}
+	taken, err = prepared.Take(ctx)
+	records, thawErr := freezer.Thaw() // at once, whatever Take said
+	if err := errors.Join(err, thawErr); err != nil {
+		return taken, res, err
+	}
+	res.Cut.Frozen = records
+	res.Cut.Achieved = backup.Atomic
+	return taken, res, nil
+}
+
+// syncUntilQuick writes out what is dirty before the freeze, which would
+// otherwise do it with every writer stopped. Each round leaves less: what was
+// dirtied while the round before ran.
+func syncUntilQuick(ctx context.Context, f *host.Freezer, o Options) ([]float64, error) {
+	var rounds []float64
+	for range o.Rounds {
+		took, err := f.Sync(ctx)
+		if err != nil {
+			return rounds, err
+		}
+		rounds = append(rounds, ms(took))
+		if took <= o.Quick {
+			return rounds, nil
+		}
+	}
+	return rounds, backup.Hint(fmt.Errorf("the dirty data did not get small: %d rounds of syncfs, the last of %.0f ms, none within %s", len(rounds), rounds[len(rounds)-1], o.Quick),
+		"production writes faster than its volumes take it: choose a quieter moment, or accept a longer stop with --max-sync")
+}
+
+// judge checks the set and the order of times: every snapshot must lie inside
+// the interval in which every filesystem was held.
+func judge(res *Result, members []backup.Member, o Options) error {
+	if err := backup.CheckSet(members, res.Snapshots); err != nil {
+		return err
+	}
+	first, last := res.Snapshots[0].Requested, res.Snapshots[0].Responded
+	lastRequest := first
+	for _, s := range res.Snapshots {
+		first, lastRequest, last = earlier(first, s.Requested), later(lastRequest, s.Requested), later(last, s.Responded)
+	}
+	res.Cut.SpreadMS = ms(lastRequest.Sub(first))
+	if o.Mode != backup.ModeFreeze {
+		return nil
+	}
+	called, thawed := res.Cut.Frozen[0].Called, res.Cut.Frozen[0].Thawed
+	for _, f := range res.Cut.Frozen {
+		if f.Held.After(first) || f.Thawed.Before(last) {
+			res.Cut.Achieved = backup.Torn
+			return fmt.Errorf("a snapshot lies outside the freeze of %s: %w", f.Mountpoint, backup.ErrVoid)
+		}
+		called, thawed = earlier(called, f.Called), later(thawed, f.Thawed)
+	}
+	res.Cut.FreezeMS = ms(thawed.Sub(called))
+	return nil
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
+}
+
+func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }

@@ -1,0 +1,95 @@
+// Package dump writes the portable SQL of a recovered copy.
+//
+//	pg_dumpall → zstd → writer
+//
+// What always holds: the dump is read from the copy, never from production;
+// an archive is only ever complete: if pg_dumpall fails or stops short, Run
+// returns an error and the stream ends without its last frame.
+package dump
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/postgres"
+)
+
+// Options is what to dump and how.
+type Options struct {
+	Instance *postgres.Instance
+	Level    int                                // zstd level 1 to 22
+	Progress func(sql, compressed backup.Bytes) // called as bytes pass; may be nil
+}
+
+// Result is what was written.
+type Result struct {
+	SQL        backup.Bytes `json:"sql_bytes"`
+	Compressed backup.Bytes `json:"compressed_bytes"`
+	Seconds    float64      `json:"seconds"`
+}
+
+// The last line that pg_dumpall writes (pg_dumpall.c, main), so that a dump
+// cut short is not taken for a whole one.
+const lastLine = "-- PostgreSQL database cluster dump complete"
+
+// Run streams the dump to w.
+func Run(ctx context.Context, w io.Writer, o Options) (Result, error) {
+	start := time.Now()
+	out := &meter{w: w}
+	z, err := zstd.NewWriter(out, zstd.WithEncoderLevel(zstd.EncoderLevelFromZstd(o.Level)), zstd.WithEncoderConcurrency(2), zstd.WithWindowSize(4<<20))
+	if err != nil {
+		return Result{}, fmt.Errorf("zstd level %d: %w", o.Level, err)
+	}
+	cmd, err := o.Instance.Command(ctx, "pg_dumpall")
+	if err != nil {
+		return Result{}, err
+	}
+	in := &meter{w: z}
+	in.progress = func() {
+		if o.Progress != nil {
+			o.Progress(in.n, out.n)
+		}
+	}
+	var said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = in, &said
+	if err := cmd.Run(); err != nil {
+		if ctx.Err() != nil {
+			err = ctx.Err()
+		}
+		return Result{}, fmt.Errorf("pg_dumpall: %w: %s", err, strings.TrimSpace(said.String()))
+	}
+	if !bytes.Contains(in.end, []byte(lastLine)) {
+		return Result{}, errors.New("pg_dumpall ended without its last line: the dump is not whole")
+	}
+	if err := z.Close(); err != nil {
+		return Result{}, fmt.Errorf("write the dump: %w", err)
+	}
+	return Result{SQL: in.n, Compressed: out.n, Seconds: time.Since(start).Seconds()}, nil
+}
+
+// meter counts bytes and remembers the last few.
+type meter struct {
+	w        io.Writer
+	n        backup.Bytes
+	end      []byte
+	progress func()
+}
+
+func (m *meter) Write(p []byte) (int, error) {
+	n, err := m.w.Write(p)
+	m.n += backup.Bytes(n)
+	keep := append(m.end, p[max(0, len(p)-128):]...)
+	m.end = append(m.end[:0], keep[max(0, len(keep)-128):]...)
+	if m.progress != nil {
+		m.progress()
+	}
+	return n, err
+}

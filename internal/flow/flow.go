@@ -1,0 +1,266 @@
+// Package flow is the program on a few pages: each thing cleancut does, as the
+// list of its steps.
+//
+//	Backup:  lock → discover → intent → cut → manifest → complete
+//	Restore: manifest → ledger → volumes → devices → mount → recover
+//	Verify, Dump: Restore → checks or dump → Undo
+//	Delete, Sweep: plan → apply
+//
+// What always holds: an intent or a ledger is written before the first thing
+// is made, and whatever fails or is interrupted is undone on the spot; what
+// that cannot remove is named in an error that wraps backup.ErrLeft.
+package flow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/catalog"
+	"cleancut/internal/flow/cut"
+	"cleancut/internal/flow/discover"
+	"cleancut/internal/host"
+	"cleancut/internal/postgres"
+	"cleancut/internal/provider"
+	"cleancut/internal/state"
+)
+
+// Flow holds the machines that the steps touch. All fields but Progress are
+// needed; Catalog and Provider may be nil for flows that do not use them.
+type Flow struct {
+	Provider provider.Provider
+	Catalog  *catalog.Catalog
+	State    *state.Dir
+	Cluster  string
+	Host     string   // name of this host
+	Tool     string   // version of cleancut
+	Watchdog []string // command that runs host.Watch
+	BinDirs  []string // where to look for PostgreSQL's programs first
+	Log      *slog.Logger
+	Progress func(phase, detail string) // what a person is told; may be nil
+}
+
+func (f *Flow) tell(phase, detail string) {
+	if f.Progress != nil {
+		f.Progress(phase, detail)
+	}
+	f.Log.Debug(phase, "detail", detail)
+}
+
+// undoTime is how long an undo may take after its cause was cancelled.
+const undoTime = 5 * time.Minute
+
+// undoing gives an undo a context of its own: it must run to its end even
+// though the user pressed ^C.
+func undoing(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+}
+
+// BackupOptions says how to back up.
+type BackupOptions struct {
+	Target       postgres.Target
+	Mode         backup.Mode
+	Deadline     time.Duration
+	Quick        time.Duration
+	Rounds       int
+	Skew         time.Duration // drill only, with ModeNone or ModeFreeze
+	AllowForeign bool
+	AllowNoFPW   bool
+	KeepAway     []string // files and folders that must not lie on a frozen filesystem, beside the state folder
+	BeforeFreeze func(ctx context.Context) error
+}
+
+// Discover looks at a running cluster.
+func (f *Flow) Discover(ctx context.Context, o BackupOptions) (postgres.Running, backup.Topology, error) {
+	conn, err := postgres.Connect(ctx, o.Target)
+	if err != nil {
+		return postgres.Running{}, backup.Topology{}, err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	running, err := postgres.Inspect(ctx, conn)
+	if err != nil {
+		return running, backup.Topology{}, err
+	}
+	topology, err := discover.Run(ctx, discover.Options{Server: running, Resolve: f.Provider.Resolve, AllowForeign: o.AllowForeign})
+	return running, topology, err
+}
+
+// Backup makes one backup and returns its manifest. On any error, and when ctx
+// ends, nothing of it is left, or the error wraps backup.ErrLeft.
+func (f *Flow) Backup(ctx context.Context, o BackupOptions) (m backup.Manifest, err error) {
+	release, err := f.State.Lock(lockBackup(f.Cluster))
+	if err != nil {
+		return m, backup.Hint(fmt.Errorf("another backup of cluster %s is running on this host: %w", f.Cluster, err), "wait for it, or look for it with `ps`")
+	}
+	defer release()
+	conn, err := postgres.Connect(ctx, o.Target)
+	if err != nil {
+		return m, err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	f.tell("discover", "")
+	running, err := postgres.Inspect(ctx, conn)
+	if err != nil {
+		return m, err
+	}
+	notes, err := preflight(running, o)
+	if err != nil {
+		return m, err
+	}
+	topology, err := discover.Run(ctx, discover.Options{Server: running, Resolve: f.Provider.Resolve, AllowForeign: o.AllowForeign})
+	if err != nil {
+		return m, err
+	}
+	if err := f.keepAway(topology, o.KeepAway); err != nil {
+		return m, err
+	}
+	now := time.Now().UTC()
+	m = backup.Manifest{Version: backup.ManifestVersion, ID: backup.NewID(now), Cluster: f.Cluster, Tool: f.Tool, Host: f.Host, Created: now,
+		Server: running.Server, Topology: topology}
+	m.Server.Notes = append(m.Server.Notes, notes...)
+	intent := backup.Intent{ID: m.ID, Cluster: f.Cluster, Host: f.Host, PID: os.Getpid(), Started: now, Tags: backup.Tags{backup.TagBackup: string(m.ID), backup.TagCluster: f.Cluster}}
+	for _, fs := range topology.Filesystems {
+		intent.Mounts = append(intent.Mounts, fs.Mountpoint)
+	}
+	if err := f.State.RecordFreeze(intent.Mounts); err != nil {
+		return m, err
+	}
+	if err := f.Catalog.PutIntent(ctx, intent); err != nil {
+		return m, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.undoBackup(ctx, intent))
+		}
+	}()
+	if m.SideFiles, err = f.keepSideFiles(ctx, m.ID, topology.NotCovered); err != nil {
+		return m, err
+	}
+	f.tell("cut", fmt.Sprintf("%d volumes, %d filesystems", len(topology.Members()), len(topology.Filesystems)))
+	res, err := cut.Run(ctx, f.Provider, cut.Options{ID: m.ID, Cluster: f.Cluster, Topology: topology, Mode: o.Mode, Skew: o.Skew, Deadline: o.Deadline,
+		Quick: o.Quick, Rounds: o.Rounds, Watchdog: f.Watchdog, BeforeFreeze: o.BeforeFreeze,
+		FlushedLSN: func(ctx context.Context) (backup.LSN, error) { return postgres.FlushedRecordEnd(ctx, conn) }})
+	if err != nil {
+		return m, err
+	}
+	m.Cut, m.Snapshots = res.Cut, res.Snapshots
+	return m, f.finishBackup(ctx, m)
+}
+
+// finishBackup writes the two facts: the manifest after the thaw, and
+// complete.json when every snapshot is durable.
+func (f *Flow) finishBackup(ctx context.Context, m backup.Manifest) error {
+	f.tell("manifest", "")
+	digest, err := f.Catalog.PutManifest(ctx, m)
+	if err != nil {
+		return err
+	}
+	f.tell("complete", "waiting for the snapshots")
+	var ids []backup.SnapshotID
+	for _, s := range m.Snapshots {
+		ids = append(ids, s.ID)
+	}
+	if err := f.Provider.Complete(ctx, ids, digest); err != nil {
+		return fmt.Errorf("complete the snapshots: %w", err)
+	}
+	if err := f.Catalog.PutComplete(ctx, backup.Complete{ID: m.ID, Digest: digest, Completed: time.Now().UTC()}); err != nil {
+		return err
+	}
+	return f.Catalog.EndIntent(ctx, m.ID)
+}
+
+// undoBackup removes whatever a backup has made so far: found by its tags, not
+// by what we remember of it.
+func (f *Flow) undoBackup(ctx context.Context, i backup.Intent) error {
+	ctx, cancel := undoing(ctx)
+	defer cancel()
+	if err := f.removeBackup(ctx, i); err != nil {
+		return fmt.Errorf("backup %s: %w: %w", i.ID, backup.ErrLeft, err)
+	}
+	return nil
+}
+
+// removeBackup takes a backup away for good: first the fact that it is
+// complete, then its snapshots as a whole set, then its records, then the
+// intent. It can be run again from any point.
+func (f *Flow) removeBackup(ctx context.Context, i backup.Intent) error {
+	if err := f.Catalog.Retract(ctx, i.ID); err != nil {
+		return err
+	}
+	owner := backup.Tags{backup.TagBackup: string(i.ID), backup.TagCluster: f.Cluster}
+	inv, err := f.Provider.List(ctx, owner)
+	if err != nil {
+		return err
+	}
+	var ids []backup.SnapshotID
+	for _, s := range inv.Snapshots {
+		ids = append(ids, s.ID)
+	}
+	if len(ids) > 0 {
+		if err := f.Provider.DeleteSnapshots(ctx, ids, owner); err != nil {
+			return err
+		}
+	}
+	if err := f.Catalog.Remove(ctx, i.ID); err != nil {
+		return err
+	}
+	return f.Catalog.EndIntent(ctx, i.ID)
+}
+
+func preflight(r postgres.Running, o BackupOptions) (notes []string, err error) {
+	var refused []error
+	for _, finding := range postgres.Preflight(r, postgres.Allow{NoFullPageWrites: o.AllowNoFPW}) {
+		if finding.Refuse {
+			refused = append(refused, backup.Hint(fmt.Errorf("%s: %w", finding.Text, finding.Kind()), finding.Hint))
+			continue
+		}
+		notes = append(notes, finding.Text)
+	}
+	return notes, errors.Join(refused...)
+}
+
+// keepAway refuses to freeze a filesystem that cleancut itself writes to: the
+// backup would wait for itself.
+func (f *Flow) keepAway(t backup.Topology, paths []string) error {
+	for _, path := range append([]string{f.State.Path()}, paths...) {
+		m, err := host.MountOf(path)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		for _, fs := range t.Filesystems {
+			if m.Mountpoint == fs.Mountpoint {
+				return backup.Hint(fmt.Errorf("%s lies on %s, which is going to be frozen: %w", path, fs.Mountpoint, backup.ErrUsage),
+					"put catalog, state and pool on another filesystem")
+			}
+		}
+	}
+	return nil
+}
+
+// keepSideFiles copies the cluster's files that no volume of it holds into
+// the catalog.
+func (f *Flow) keepSideFiles(ctx context.Context, id backup.ID, paths []string) ([]backup.SideFile, error) {
+	var out []backup.SideFile
+	for n, path := range paths {
+		content, err := os.ReadFile(path)
+		if err != nil {
+			return out, fmt.Errorf("keep %s beside the manifest: %w", path, err)
+		}
+		side, err := f.Catalog.PutSideFile(ctx, id, n, path, content)
+		if err != nil {
+			return out, err
+		}
+		out = append(out, side)
+	}
+	return out, nil
+}
+
+func lockBackup(cluster string) string { return "backup-" + cluster }
+func lockCopy(id backup.ID) string     { return "copy-" + string(id) }

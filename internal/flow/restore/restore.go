@@ -1,0 +1,99 @@
+// Package restore makes a running, isolated copy of a cluster from a manifest
+// and its snapshots.
+//
+//	manifest → snapshots checked → volumes → attach → assemble → identity checked → mount → Prepare → Start = running copy
+//
+// What always holds: the ledger is saved before each kind of effect; Undo
+// removes everything, also after a crash at any point; every device is proved
+// to be the wanted one by what is on it before it is mounted; the original is
+// neither needed nor touched.
+package restore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/postgres"
+	"cleancut/internal/provider"
+)
+
+// ErrNoStart: the storage of the copy stands, but the server did not start or
+// recover on it.
+var ErrNoStart = errors.New("the copy's server did not come up")
+
+// Provider is the part of provider.Provider that a restore needs.
+type Provider interface {
+	Snapshots(ctx context.Context, ids []backup.SnapshotID) ([]provider.Snapshot, error)
+	CreateVolume(ctx context.Context, spec provider.VolumeSpec) (backup.Volume, error)
+	Attach(ctx context.Context, id backup.VolumeID) (string, error)
+	Detach(ctx context.Context, id backup.VolumeID) error
+	DeleteVolume(ctx context.Context, id backup.VolumeID, owner backup.Tags) error
+	List(ctx context.Context, match backup.Tags) (provider.Inventory, error)
+}
+
+// Options says what to make a copy of.
+type Options struct {
+	Manifest     backup.Manifest
+	Digest       string      // of the stored manifest; every snapshot must carry it
+	Copy         backup.Copy // ID, Backup, Cluster, Host, Purpose and Root are set
+	Installation postgres.Installation
+	Save         func(backup.Copy) error // writes the ledger
+	Progress     func(phase, detail string)
+}
+
+// Run makes the copy and returns it with its ledger. On an error the caller
+// calls Undo with the returned ledger, which holds what was made so far. An
+// error that wraps ErrNoStart says that the image itself is at fault or this
+// host cannot run it.
+func Run(ctx context.Context, p Provider, o Options) (backup.Copy, *postgres.Instance, error) {
+	c, m := o.Copy, o.Manifest
+	o.Progress("snapshots", fmt.Sprintf("%d, checking", len(m.Snapshots)))
+	if err := checkSnapshots(ctx, p, m, o.Digest); err != nil {
+		return c, nil, err
+	}
+	o.Progress("volumes", "create and attach")
+	err := attachVolumes(ctx, p, m, &c)
+	if err := errors.Join(err, o.Save(c)); err != nil {
+		return c, nil, err
+	}
+	o.Progress("devices", "assemble")
+	err = assemble(ctx, m, &c)
+	if err := errors.Join(err, o.Save(c)); err != nil {
+		return c, nil, err
+	}
+	o.Progress("mount", c.Root)
+	if err := mount(ctx, m, &c); err != nil {
+		return c, nil, err
+	}
+	instance, err := recoverCopy(ctx, o, &c)
+	if err != nil {
+		return c, nil, err
+	}
+	c.Ready = true
+	return c, instance, o.Save(c)
+}
+
+// recoverCopy prepares the data directory and starts the server on it.
+func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Instance, error) {
+	m := o.Manifest
+	data, _ := m.Topology.Place(backup.PlaceData)
+	c.DataDirectory = c.Path(data.Path)
+	if err := os.MkdirAll(c.PrivateDir(), 0o711); err != nil {
+		return nil, fmt.Errorf("private folder of the copy: %w", err)
+	}
+	plan := postgres.Plan{Root: c.Root, DataDirectory: c.DataDirectory, PrivateDir: c.PrivateDir(), Server: m.Server, Places: m.Topology.Places, Map: c.Path}
+	if err := postgres.Prepare(ctx, plan); err != nil {
+		return nil, fmt.Errorf("prepare the data directory: %w", err)
+	}
+	o.Progress("recover", "PostgreSQL "+m.Server.Version)
+	instance, err := postgres.Start(ctx, plan, o.Installation)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNoStart, err)
+	}
+	c.SocketDir, c.Port, c.Superuser = instance.SocketDir, instance.Port, m.Server.Superuser
+	c.EndOfRecovery, c.FirstQuery = instance.EndOfRecovery, instance.FirstQuery.Seconds()
+	return instance, nil
+}

@@ -1,0 +1,75 @@
+package restore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/host"
+)
+
+// Undo removes everything of a copy in reverse: the server, the mounts, the
+// arrays, the attachments, the volumes, the folders. It goes by the tags that
+// the provider confirms, not by what the ledger hopes for, so it also works
+// after a crash in the middle of Run and may be called again. What it cannot
+// remove is in the error, which then wraps backup.ErrLeft.
+func Undo(ctx context.Context, p Provider, c backup.Copy) error {
+	inv, err := p.List(ctx, c.Tags())
+	if err != nil {
+		return fmt.Errorf("volumes of copy %s: %w: %w", c.ID, backup.ErrLeft, err)
+	}
+	if c.Root != "" {
+		if err := host.EndProcesses(ctx, c.Root); err != nil {
+			return fmt.Errorf("%w: %w", backup.ErrLeft, err)
+		}
+	}
+	var devices []string
+	for _, v := range inv.Volumes {
+		if v.Attached != "" {
+			devices = append(devices, v.Attached)
+		}
+	}
+	if err := host.Release(ctx, devices); err != nil {
+		return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, err)
+	}
+	var errs []error
+	for _, v := range inv.Volumes {
+		if err := p.Detach(ctx, v.ID); err != nil {
+			errs = append(errs, fmt.Errorf("detach %s: %w", v.ID, err))
+			continue
+		}
+		if err := p.DeleteVolume(ctx, v.ID, c.Tags()); err != nil {
+			errs = append(errs, fmt.Errorf("delete %s: %w", v.ID, err))
+		}
+	}
+	if len(errs) > 0 {
+		return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, errors.Join(errs...))
+	}
+	return removeFolders(c)
+}
+
+// removeFolders removes the private folder and the mount points, and nothing
+// that still has something in it.
+func removeFolders(c backup.Copy) error {
+	if c.Root == "" {
+		return nil
+	}
+	if err := os.RemoveAll(c.PrivateDir()); err != nil {
+		return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, err)
+	}
+	dirs := []string{c.Root}
+	for _, fs := range c.Filesystems {
+		dirs = append(dirs, fs.Mountpoint)
+	}
+	slices.Sort(dirs)
+	slices.Reverse(dirs)
+	for _, d := range dirs {
+		if err := host.RemoveEmpty(d, c.Root); err != nil {
+			return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, err)
+		}
+	}
+	return nil
+}

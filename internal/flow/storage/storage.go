@@ -1,0 +1,168 @@
+// Package storage makes and removes the storage of a cluster: volumes, an
+// array over them, a filesystem on it, the lines that bring it back after a
+// reboot.
+//
+//	volumes → attach → array → filesystem → fstab, mdadm.conf → mount
+//
+// What always holds: Destroy finds what Create made by the tags on the
+// volumes, removes nothing else, and can be run again.
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/host"
+	"cleancut/internal/provider"
+)
+
+// Options describes the storage to make or destroy.
+type Options struct {
+	Name         string
+	Host         string
+	Volumes      int
+	Size         backup.Bytes // of each volume
+	Level        string       // raid0 or linear; one volume needs no array
+	Chunk        backup.Bytes
+	Filesystem   string // xfs, ext4
+	Mountpoint   string
+	MountOptions []string
+	Fstab        string // file to add the line to
+	MdadmConf    string
+}
+
+// Result is what Create made.
+type Result struct {
+	Volumes    []backup.VolumeID `json:"volumes"`
+	Devices    []string          `json:"devices"`
+	Array      string            `json:"array,omitempty"`
+	ArrayUUID  string            `json:"array_uuid,omitempty"`
+	Filesystem string            `json:"filesystem_uuid"`
+	Mountpoint string            `json:"mountpoint"`
+}
+
+// Tags is what the volumes of this storage carry.
+func (o Options) Tags() backup.Tags {
+	return backup.Tags{backup.TagStorage: o.Name, backup.TagHost: o.Host}
+}
+
+func (o Options) check() error {
+	if err := backup.CheckClusterName(o.Name); err != nil {
+		return fmt.Errorf("storage name: %w", err)
+	}
+	switch {
+	case o.Volumes < 1 || o.Volumes > 64:
+		return fmt.Errorf("%w: %d volumes: want 1 to 64", backup.ErrUsage, o.Volumes)
+	case o.Size < 320<<20:
+		return fmt.Errorf("%w: volumes of %s: XFS wants at least 320 MiB", backup.ErrUsage, o.Size)
+	case o.Volumes > 1 && o.Level != "raid0" && o.Level != "linear":
+		return fmt.Errorf("%w: level %q: raid0 or linear", backup.ErrUsage, o.Level)
+	case !filepath.IsAbs(o.Mountpoint) || filepath.Clean(o.Mountpoint) == "/":
+		return fmt.Errorf("%w: mount point %q: want an absolute path", backup.ErrUsage, o.Mountpoint)
+	case o.Filesystem != "xfs" && o.Filesystem != "ext4":
+		return fmt.Errorf("%w: filesystem %q: xfs or ext4", backup.ErrUsage, o.Filesystem)
+	}
+	return nil
+}
+
+// Create makes the storage and mounts it. On an error it removes what it made.
+func Create(ctx context.Context, p provider.Provider, o Options) (res Result, err error) {
+	if err := o.check(); err != nil {
+		return res, err
+	}
+	inv, err := p.List(ctx, o.Tags())
+	if err != nil {
+		return res, err
+	}
+	if len(inv.Volumes) > 0 {
+		return res, backup.Hint(fmt.Errorf("storage %s: %w", o.Name, backup.ErrExists), "choose another name, or `cleancut storage destroy "+o.Name+"`")
+	}
+	if m, err := host.MountOf(o.Mountpoint); err == nil && m.Mountpoint == o.Mountpoint {
+		return res, fmt.Errorf("something is mounted on %s: %w", o.Mountpoint, backup.ErrInUse)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, Destroy(context.WithoutCancel(ctx), p, o))
+		}
+	}()
+	for i := range o.Volumes {
+		v, err := p.CreateVolume(ctx, provider.VolumeSpec{Token: fmt.Sprintf("storage-%s-%s-%d", o.Host, o.Name, i), Size: o.Size,
+			Tags: o.Tags().With(backup.TagMember, strconv.Itoa(i))})
+		if err != nil {
+			return res, err
+		}
+		dev, err := p.Attach(ctx, v.ID)
+		if err != nil {
+			return res, err
+		}
+		res.Volumes, res.Devices = append(res.Volumes, v.ID), append(res.Devices, dev)
+	}
+	return res, format(ctx, o, &res)
+}
+
+func format(ctx context.Context, o Options, res *Result) error {
+	device := res.Devices[0]
+	if len(res.Devices) > 1 {
+		array, err := host.CreateArray(ctx, host.ArraySpec{Name: o.Name, Level: o.Level, Chunk: o.Chunk, Members: res.Devices})
+		if err != nil {
+			return err
+		}
+		if res.ArrayUUID, err = host.ArrayUUID(ctx, array); err != nil {
+			return err
+		}
+		device, res.Array = array, array
+		if err := host.AddLine(o.MdadmConf, o.Name, fmt.Sprintf("ARRAY %s metadata=1.2 UUID=%s", array, res.ArrayUUID)); err != nil {
+			return err
+		}
+	}
+	if err := host.MakeFilesystem(ctx, o.Filesystem, device, label(o.Name)); err != nil {
+		return err
+	}
+	id, err := host.Identify(ctx, device)
+	if err != nil {
+		return err
+	}
+	res.Filesystem, res.Mountpoint = id.UUID, o.Mountpoint
+	// By UUID, as names change; nofail, so that a missing volume does not stop the boot.
+	options := append([]string{"defaults", "nofail"}, o.MountOptions...)
+	if err := host.AddLine(o.Fstab, o.Name, fmt.Sprintf("UUID=%s %s %s %s 0 0", id.UUID, o.Mountpoint, o.Filesystem, strings.Join(options, ","))); err != nil {
+		return err
+	}
+	return host.MountDevice(ctx, device, o.Mountpoint, o.Filesystem, o.MountOptions)
+}
+
+func label(name string) string {
+	if len(name) > 12 { // XFS labels have at most 12 characters
+		return name[:12]
+	}
+	return name
+}
+
+// Destroy removes the storage and everything on it. Its volumes must not be
+// in use beyond their own mount: a server on it is not stopped.
+func Destroy(ctx context.Context, p provider.Provider, o Options) error {
+	inv, err := p.List(ctx, o.Tags())
+	if err != nil {
+		return err
+	}
+	var devices []string
+	for _, v := range inv.Volumes {
+		if v.Attached != "" {
+			devices = append(devices, v.Attached)
+		}
+	}
+	if err := host.Release(ctx, devices); err != nil {
+		return backup.Hint(err, "stop what uses it first")
+	}
+	var errs []error
+	for _, v := range inv.Volumes {
+		errs = append(errs, p.Detach(ctx, v.ID), p.DeleteVolume(ctx, v.ID, o.Tags()))
+	}
+	errs = append(errs, host.RemoveLine(o.Fstab, o.Name), host.RemoveLine(o.MdadmConf, o.Name))
+	return errors.Join(errs...)
+}

@@ -1,0 +1,270 @@
+package flow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/flow/restore"
+	"cleancut/internal/host"
+	"cleancut/internal/provider"
+)
+
+// Delete takes one backup away for good.
+func (f *Flow) Delete(ctx context.Context, id backup.ID) error {
+	release, err := f.State.Lock(lockBackup(f.Cluster))
+	if err != nil {
+		return backup.Hint(fmt.Errorf("a backup of cluster %s is running: %w", f.Cluster, err), "snapshots are not deleted around a cut; wait for it")
+	}
+	defer release()
+	entries, err := f.Catalog.Backups(ctx)
+	if err != nil {
+		return err
+	}
+	known := false
+	for _, e := range entries {
+		known = known || e.ID == id
+	}
+	if !known {
+		return backup.Hint(fmt.Errorf("backup %s: %w", id, backup.ErrNotFound), "see `cleancut list`")
+	}
+	intent := backup.Intent{ID: id, Cluster: f.Cluster, Host: f.Host, Deletes: true, Tags: backup.Tags{backup.TagBackup: string(id), backup.TagCluster: f.Cluster}}
+	if err := f.Catalog.PutIntent(ctx, intent); err != nil && !errors.Is(err, backup.ErrExists) {
+		return err
+	}
+	if err := f.removeBackup(ctx, intent); err != nil {
+		return fmt.Errorf("delete %s: %w: %w", id, backup.ErrLeft, err)
+	}
+	return nil
+}
+
+// ActionKind says what sweep does about something it found.
+type ActionKind string
+
+// The kinds of action. Only lists something that is left alone, with the
+// reason.
+const (
+	RemoveBackup ActionKind = "remove backup"
+	EndIntent    ActionKind = "end intent"
+	RemoveCopy   ActionKind = "remove copy"
+	OnlyList     ActionKind = "leave"
+)
+
+// Action is one line of a sweep's plan.
+type Action struct {
+	Kind   ActionKind    `json:"action"`
+	Name   string        `json:"name"`
+	Why    string        `json:"why"`
+	Intent backup.Intent `json:"-"`
+	Copy   backup.Copy   `json:"-"`
+}
+
+// Facts is all that PlanSweep decides by.
+type Facts struct {
+	Host      string
+	Cluster   string
+	Intents   []backup.Intent
+	Complete  map[backup.ID]bool // backups with both facts
+	Known     map[backup.ID]bool // backups with anything in the catalog
+	Copies    []backup.Copy      // ledgers of this host
+	Busy      map[string]bool    // locks that somebody holds
+	Inventory provider.Inventory
+}
+
+// PlanSweep decides what is left over from a crash. It is pure. Nothing that a
+// running process holds the lock of is touched, nothing of another host, and
+// no snapshot merely because this catalog does not know it: the catalog given
+// may be the wrong one.
+func PlanSweep(x Facts) []Action {
+	out := slices.Concat(planIntents(x), planCopies(x))
+	for id, n := range strangers(x) {
+		out = append(out, Action{Kind: OnlyList, Name: "snapshots of backup " + string(id), Why: fmt.Sprintf("%d snapshots of cluster %s that this catalog does not know", n, x.Cluster)})
+	}
+	slices.SortStableFunc(out, func(a, b Action) int { return strings.Compare(a.Name, b.Name) })
+	return out
+}
+
+func planIntents(x Facts) []Action {
+	var out []Action
+	for _, i := range x.Intents {
+		a := Action{Name: "backup " + string(i.ID), Intent: i}
+		switch {
+		case i.Host != x.Host:
+			a.Kind, a.Why = OnlyList, "belongs to host "+i.Host+": run sweep there"
+		case x.Busy[lockBackup(x.Cluster)]:
+			a.Kind, a.Why = OnlyList, "a backup of this cluster is running"
+		case i.Deletes:
+			a.Kind, a.Why = RemoveBackup, "its deletion was interrupted"
+		case x.Complete[i.ID]:
+			a.Kind, a.Why = EndIntent, "it is complete, only its intent was left"
+		default:
+			a.Kind, a.Why = RemoveBackup, "it was interrupted before it was complete"
+		}
+		out = append(out, a)
+	}
+	return out
+}
+
+func planCopies(x Facts) []Action {
+	var out []Action
+	ledger := map[string]bool{}
+	for _, c := range x.Copies {
+		ledger[string(c.ID)] = true
+		a := Action{Name: "copy " + string(c.ID), Copy: c}
+		switch {
+		case x.Busy[lockCopy(c.ID)]:
+			a.Kind, a.Why = OnlyList, "in use by a running "+string(c.Purpose)
+		case c.Purpose == backup.ForRestore && c.Ready:
+			a.Kind, a.Why = OnlyList, "a restored copy at "+c.Root+", meant to stay (remove it with `cleancut restore --undo "+c.Root+"`)"
+		default:
+			a.Kind, a.Why = RemoveCopy, "its "+string(c.Purpose)+" was interrupted"
+		}
+		out = append(out, a)
+	}
+	for _, v := range x.Inventory.Volumes {
+		id := v.Tags[backup.TagCopy]
+		if id == "" || ledger[id] || v.Tags[backup.TagHost] != x.Host || v.Tags[backup.TagCluster] != x.Cluster {
+			continue
+		}
+		ledger[id] = true
+		c := backup.Copy{ID: backup.ID(id), Backup: backup.ID(v.Tags[backup.TagBackup]), Cluster: x.Cluster, Host: x.Host}
+		a := Action{Kind: RemoveCopy, Name: "copy " + id, Copy: c, Why: "its volumes are here, and this host's state knows nothing of it"}
+		if v.Attached != "" {
+			a.Kind, a.Why = OnlyList, a.Why+"; but volume "+string(v.ID)+" is attached as "+v.Attached+" (was the state folder lost? stop what uses it, detach it, sweep again)"
+		}
+		out = append(out, a)
+	}
+	return out
+}
+
+func strangers(x Facts) map[backup.ID]int {
+	intents := map[backup.ID]bool{}
+	for _, i := range x.Intents {
+		intents[i.ID] = true
+	}
+	out := map[backup.ID]int{}
+	for _, s := range x.Inventory.Snapshots {
+		id := backup.ID(s.Tags[backup.TagBackup])
+		if s.Tags[backup.TagCluster] == x.Cluster && !x.Known[id] && !intents[id] {
+			out[id]++
+		}
+	}
+	return out
+}
+
+// SweepFacts gathers what PlanSweep needs.
+func (f *Flow) SweepFacts(ctx context.Context) (x Facts, err error) {
+	x = Facts{Host: f.Host, Cluster: f.Cluster, Busy: map[string]bool{}, Complete: map[backup.ID]bool{}, Known: map[backup.ID]bool{}}
+	if x.Intents, err = f.Catalog.Intents(ctx); err != nil {
+		return x, err
+	}
+	entries, err := f.Catalog.Backups(ctx)
+	if err != nil {
+		return x, err
+	}
+	for _, e := range entries {
+		x.Known[e.ID] = true
+		x.Complete[e.ID] = e.Complete != nil && e.Err == nil
+	}
+	if x.Copies, err = f.State.Copies(); err != nil {
+		return x, err
+	}
+	if x.Inventory, err = f.Provider.List(ctx, nil); err != nil {
+		return x, err
+	}
+	locks := []string{lockBackup(f.Cluster)}
+	for _, c := range x.Copies {
+		locks = append(locks, lockCopy(c.ID))
+	}
+	for _, name := range locks {
+		release, err := f.State.Lock(name)
+		if errors.Is(err, backup.ErrInUse) {
+			x.Busy[name] = true
+			continue
+		}
+		if err != nil {
+			return x, err
+		}
+		release()
+	}
+	return x, nil
+}
+
+// Sweep applies a plan. It takes the lock of what it removes, so that a plan
+// that has grown old does no harm.
+func (f *Flow) Sweep(ctx context.Context, plan []Action) error {
+	var errs []error
+	for _, a := range plan {
+		if a.Kind != OnlyList {
+			f.tell("sweep", string(a.Kind)+": "+a.Name)
+		}
+		if err := f.sweepOne(ctx, a); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", a.Name, err))
+		}
+	}
+	if len(errs) > 0 {
+		return fmt.Errorf("%w: %w", backup.ErrLeft, errors.Join(errs...))
+	}
+	return nil
+}
+
+func (f *Flow) sweepOne(ctx context.Context, a Action) error {
+	name := lockBackup(f.Cluster)
+	if a.Kind == RemoveCopy {
+		name = lockCopy(a.Copy.ID)
+	}
+	if a.Kind == OnlyList {
+		return nil
+	}
+	release, err := f.State.Lock(name)
+	if err != nil {
+		return err
+	}
+	defer release()
+	switch a.Kind {
+	case RemoveBackup:
+		return f.removeBackup(ctx, a.Intent)
+	case EndIntent:
+		return f.Catalog.EndIntent(ctx, a.Intent.ID)
+	case RemoveCopy:
+		if err := restore.Undo(ctx, f.Provider, a.Copy); err != nil {
+			return err
+		}
+		return f.State.RemoveCopy(a.Copy.ID)
+	}
+	return fmt.Errorf("unknown action %q", a.Kind)
+}
+
+// Thawed is what Thaw found on one mount point.
+type Thawed struct {
+	Mountpoint string `json:"mountpoint"`
+	WasFrozen  bool   `json:"was_frozen"`
+	Error      string `json:"error,omitempty"`
+}
+
+// Thaw thaws everything that was ever frozen from this host's state, whoever
+// froze it now, and says what it found.
+func (f *Flow) Thaw(ctx context.Context, more []string) ([]Thawed, error) {
+	mounts, err := f.State.Frozen()
+	if err != nil {
+		return nil, err
+	}
+	var out []Thawed
+	var errs []error
+	for _, mp := range append(mounts, more...) {
+		if ctx.Err() != nil {
+			return out, ctx.Err()
+		}
+		was, err := host.Thaw(mp)
+		t := Thawed{Mountpoint: mp, WasFrozen: was}
+		if err != nil {
+			t.Error = err.Error()
+			errs = append(errs, err)
+		}
+		out = append(out, t)
+	}
+	return out, errors.Join(errs...)
+}

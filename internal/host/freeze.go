@@ -1,0 +1,198 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/fault"
+)
+
+// The two ioctls of Linux include/uapi/linux/fs.h that x/sys/unix lacks:
+// _IOWR('X', 119, int) and _IOWR('X', 120, int).
+const (
+	fiFreeze = 0xC0045877
+	fiThaw   = 0xC0045878
+)
+
+// Freezer freezes a list of filesystems for a moment. Between Freeze and Thaw
+// every writer on them waits in the kernel, unkillable; the watchdog, another
+// process, thaws them if this one does not.
+type Freezer struct {
+	targets  []target
+	watchdog *Watchdog
+	begun    bool
+	thawed   bool
+}
+
+type target struct {
+	dir    *os.File
+	frozen bool // FIFREEZE returned 0 and FITHAW has not been called
+	record backup.Frozen
+}
+
+// Arm opens every mount point, in the order in which they will be frozen, and
+// starts the watchdog with the command argv (see Watch). When it returns, all
+// is ready and nothing is frozen. Close must be called.
+func Arm(ctx context.Context, argv []string, mountpoints []string, deadline time.Duration) (*Freezer, error) {
+	f := &Freezer{}
+	for _, mp := range mountpoints {
+		dir, err := os.OpenFile(mp, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("open %s to freeze it: %w", mp, err), f.Close())
+		}
+		f.targets = append(f.targets, target{dir: dir, record: backup.Frozen{Mountpoint: mp}})
+	}
+	if err := fault.Point(ctx, "host.arm"); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	wd, err := startWatchdog(ctx, argv, mountpoints, deadline)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("arm the watchdog: %w", err), f.Close())
+	}
+	f.watchdog = wd
+	return f, fault.Point(ctx, "host.arm done")
+}
+
+// Sync writes out what is dirty on every filesystem (syncfs), one after the
+// other, and returns how long that took.
+func (f *Freezer) Sync(ctx context.Context) (time.Duration, error) {
+	if err := fault.Point(ctx, "host.syncfs"); err != nil {
+		return 0, err
+	}
+	start := time.Now()
+	for _, t := range f.targets {
+		if err := ctx.Err(); err != nil {
+			return 0, err
+		}
+		if err := unix.Syncfs(int(t.dir.Fd())); err != nil {
+			return 0, fmt.Errorf("syncfs %s: %w", t.record.Mountpoint, err)
+		}
+	}
+	return time.Since(start), nil
+}
+
+// Freeze freezes all filesystems, one after the other. The watchdog's clock
+// runs from its beginning. A freeze that is flushing cannot be interrupted;
+// ctx is looked at between two. On any error the caller must call Close, which
+// thaws those that are frozen. Any errno means "not frozen" (Linux
+// fs/super.c, freeze_super).
+func (f *Freezer) Freeze(ctx context.Context) error {
+	if f.begun {
+		return errors.New("freeze: called twice")
+	}
+	if err := f.watchdog.begin(); err != nil {
+		return fmt.Errorf("freeze: %w", err)
+	}
+	f.begun = true
+	for i := range f.targets {
+		t := &f.targets[i]
+		if err := errors.Join(ctx.Err(), fault.Point(ctx, "host.freeze")); err != nil {
+			return err
+		}
+		t.record.Called = time.Now()
+		err := unix.IoctlSetInt(int(t.dir.Fd()), fiFreeze, 0)
+		t.record.Held = time.Now()
+		if err != nil {
+			return freezeError(t.record.Mountpoint, err)
+		}
+		t.frozen = true
+		if err := fault.Point(ctx, "host.freeze done"); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func freezeError(mountpoint string, err error) error {
+	err = fmt.Errorf("freeze %s: %w", mountpoint, err)
+	switch {
+	case errors.Is(err, unix.EBUSY):
+		return backup.Hint(fmt.Errorf("%w: it is frozen already, by somebody else: %w", err, backup.ErrInUse),
+			"if that is a left-over of a crash: `cleancut thaw`, or `fsfreeze -u "+mountpoint+"`")
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return fmt.Errorf("%w: this filesystem cannot be frozen: %w", err, backup.ErrUnsupported)
+	case errors.Is(err, unix.EPERM):
+		return backup.Hint(err, "run as root: freezing needs CAP_SYS_ADMIN")
+	}
+	return err
+}
+
+// Thaw thaws every filesystem, whatever happens to one of them, then asks the
+// watchdog whether it had to act. The error wraps backup.ErrVoid if any of
+// them was thawed by somebody else inside the window, or the watchdog fired:
+// then the snapshots do not belong together. Called twice: nothing more is
+// done and the records are returned again.
+func (f *Freezer) Thaw() ([]backup.Frozen, error) {
+	var errs []error
+	if !f.thawed {
+		f.thawed = true
+		errs = append(errs, f.thawAll(), f.watchdog.done())
+	}
+	records := make([]backup.Frozen, len(f.targets))
+	for i, t := range f.targets {
+		records[i] = t.record
+	}
+	return records, errors.Join(errs...)
+}
+
+func (f *Freezer) thawAll() error {
+	var errs []error
+	for i := len(f.targets) - 1; i >= 0; i-- {
+		t := &f.targets[i]
+		if !t.frozen {
+			continue
+		}
+		t.frozen = false
+		if err := unix.IoctlSetInt(int(t.dir.Fd()), fiThaw, 0); err != nil {
+			errs = append(errs, fmt.Errorf("thaw %s: it was thawed inside the window (%w): %w", t.record.Mountpoint, err, backup.ErrVoid))
+		}
+		t.record.Thawed = time.Now()
+	}
+	return errors.Join(errs...)
+}
+
+// Close thaws what is still frozen, ends the watchdog and releases what Arm
+// opened. It may be called twice.
+func (f *Freezer) Close() error {
+	var errs []error
+	if f.begun && !f.thawed {
+		_, err := f.Thaw()
+		errs = append(errs, err)
+	}
+	if f.watchdog != nil {
+		errs = append(errs, f.watchdog.stop())
+		f.watchdog = nil
+	}
+	for _, t := range f.targets {
+		_ = t.dir.Close() // a directory opened for reading has nothing to lose
+	}
+	f.targets = nil
+	return errors.Join(errs...)
+}
+
+// Thaw thaws the filesystem mounted at mountpoint until it answers that it is
+// not frozen, and reports whether it was.
+func Thaw(mountpoint string) (was bool, err error) {
+	dir, err := os.OpenFile(mountpoint, unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false, fmt.Errorf("thaw: %w", err)
+	}
+	defer dir.Close()
+	for {
+		err := unix.IoctlSetInt(int(dir.Fd()), fiThaw, 0)
+		switch {
+		case err == nil:
+			was = true
+		case errors.Is(err, unix.EINVAL): // not frozen
+			return was, nil
+		default:
+			return was, fmt.Errorf("thaw %s: %w", mountpoint, err)
+		}
+	}
+}

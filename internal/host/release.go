@@ -1,0 +1,166 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/fault"
+)
+
+// Release takes away everything that stands on the given whole devices:
+// mounts first, then arrays, so that the devices can be detached. An array
+// that also holds a device not in the list is not touched: ErrNotOurs.
+// Nothing there: nil.
+func Release(ctx context.Context, devices []string) error {
+	blocks, err := withPartitions(devices)
+	if err != nil {
+		return err
+	}
+	arrays, err := arraysHolding(blocks)
+	if err != nil {
+		return err
+	}
+	for _, md := range arrays {
+		held, err := membersOf(md)
+		if err != nil {
+			return err
+		}
+		for _, h := range held {
+			if !slices.Contains(blocks, h) {
+				return fmt.Errorf("array %s also holds %s: %w", md, h, backup.ErrNotOurs)
+			}
+		}
+	}
+	if err := unmountAll(ctx, append(slices.Clone(arrays), blocks...)); err != nil {
+		return err
+	}
+	for _, md := range arrays {
+		if err := StopArray(ctx, md); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func unmountAll(ctx context.Context, blocks []string) error {
+	var dirs []string
+	for _, b := range blocks {
+		major, minor, err := deviceNumber(b)
+		if errors.Is(err, unix.ENOENT) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		mounts, err := MountsOf(major, minor)
+		if err != nil {
+			return err
+		}
+		for _, m := range mounts {
+			dirs = append(dirs, m.Mountpoint)
+		}
+	}
+	slices.Sort(dirs)
+	slices.Reverse(dirs) // nested ones first
+	for _, d := range dirs {
+		if err := Unmount(ctx, d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func withPartitions(devices []string) ([]string, error) {
+	var out []string
+	for _, d := range devices {
+		name, err := kernelName(d)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, d)
+		parts, err := filepath.Glob(filepath.Join("/sys/class/block", name, "*/partition"))
+		if err != nil {
+			return nil, fmt.Errorf("partitions of %s: %w", d, err)
+		}
+		for _, p := range parts {
+			out = append(out, "/dev/"+filepath.Base(filepath.Dir(p)))
+		}
+	}
+	return out, nil
+}
+
+// EndProcesses ends every process whose working directory is dir or below it:
+// a server and its children, on a copy that is going to be removed. First
+// SIGQUIT, which PostgreSQL takes as an immediate shutdown, then SIGKILL. It
+// returns when none is left.
+func EndProcesses(ctx context.Context, dir string) error {
+	if err := fault.Point(ctx, "host.kill"); err != nil {
+		return err
+	}
+	for try := 0; ; try++ {
+		pids, err := processesIn(dir)
+		if err != nil {
+			return err
+		}
+		if len(pids) == 0 {
+			return nil
+		}
+		sig := unix.SIGQUIT
+		if try > 100 {
+			sig = unix.SIGKILL
+		}
+		for _, pid := range pids {
+			if try%100 == 0 || sig == unix.SIGKILL {
+				_ = unix.Kill(pid, sig) // it may be gone by now
+			}
+		}
+		if err := pause(ctx, 50*time.Millisecond); err != nil {
+			return fmt.Errorf("processes %v in %s: %w: %w", pids, dir, backup.ErrInUse, err)
+		}
+	}
+}
+
+func processesIn(dir string) ([]int, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", err)
+	}
+	var out []int
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		cwd, err := os.Readlink(filepath.Join("/proc", e.Name(), "cwd"))
+		if err == nil && pid != os.Getpid() && (cwd == dir || strings.HasPrefix(cwd, dir+"/")) {
+			out = append(out, pid)
+		}
+	}
+	return out, nil
+}
+
+// RemoveEmpty removes the folders from path upwards while they are empty, up
+// to and including root.
+func RemoveEmpty(path, root string) error {
+	for path == root || strings.HasPrefix(path, root+"/") {
+		err := os.Remove(path)
+		if errors.Is(err, unix.ENOTEMPTY) {
+			return nil
+		}
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		path = filepath.Dir(path)
+	}
+	return nil
+}

@@ -1,0 +1,96 @@
+package postgres
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"cleancut/internal/backup"
+)
+
+const (
+	// walHeader is the larger of the two headers a page of WAL can have
+	// (SizeOfXLogLongPHD 40, SizeOfXLogShortPHD 24).
+	walHeader  = 40
+	flushTries = 40
+	flushPause = 5 * time.Millisecond
+)
+
+// FlushedRecordEnd returns an LSN that is the end of a WAL record and flushed:
+// crash recovery of any later image must reach it, or acknowledged commits are
+// lost.
+//
+// pg_current_wal_flush_lsn() alone will not do. What the server has flushed
+// ends at the end of a record or at the end of a page of WAL, because
+// XLogBackgroundFlush rounds down to pages, WaitXLogInsertionsToFinish answers
+// with the start of a page that an insertion waits to fill (GetXLogBuffer) and
+// XLogWrite stops at pages (src/backend/access/transam/xlog.c, 13 to 18). At
+// the end of a page a record may continue, and then recovery rightly ends
+// before it. So: a position inside a page is the end of a record; a page's end
+// is one if nothing but a page header lies between it and the insert position.
+// Else the server is asked again, for a fifth of a second.
+//
+// Only if it stays there (a transaction that wrote much and pauses, wal_level
+// minimal) one empty message is written to the WAL in a transaction of its own
+// (pg_logical_emit_message, about 100 bytes and one flush): its end is returned
+// after the commit. That is the only thing this package ever writes on
+// production.
+func FlushedRecordEnd(ctx context.Context, conn *pgx.Conn) (backup.LSN, error) {
+	var page uint64
+	if err := conn.QueryRow(ctx, `SELECT current_setting('wal_block_size')::bigint`).Scan(&page); err != nil {
+		return 0, fmt.Errorf("read wal_block_size: %w", err)
+	}
+	tick := time.NewTicker(flushPause)
+	defer tick.Stop()
+	for range flushTries {
+		// The flush position is read first: the insert position can only grow
+		// in between, which errs to the safe side.
+		var flush, insert backup.LSN
+		if err := queryLSNs(ctx, conn, &flush, &insert); err != nil {
+			return 0, err
+		}
+		if uint64(flush)%page != 0 || (insert >= flush && insert-flush <= walHeader) {
+			return flush, nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return 0, fmt.Errorf("wait for the end of a WAL record: %w", context.Cause(ctx))
+		}
+	}
+	return emitRecord(ctx, conn)
+}
+
+func queryLSNs(ctx context.Context, conn *pgx.Conn, flush, insert *backup.LSN) error {
+	var f, i string
+	if err := conn.QueryRow(ctx, `SELECT pg_current_wal_flush_lsn()::text`).Scan(&f); err != nil {
+		return fmt.Errorf("read the flushed position of the WAL: %w", err)
+	}
+	if err := conn.QueryRow(ctx, `SELECT pg_current_wal_insert_lsn()::text`).Scan(&i); err != nil {
+		return fmt.Errorf("read the insert position of the WAL: %w", err)
+	}
+	var err error
+	if *flush, err = backup.ParseLSN(f); err != nil {
+		return err
+	}
+	*insert, err = backup.ParseLSN(i)
+	return err
+}
+
+// emitRecord returns the end of a record that its own commit flushed. The
+// commit waits for this server's disk only, not for a standby.
+func emitRecord(ctx context.Context, conn *pgx.Conn) (backup.LSN, error) {
+	var end string
+	err := pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `SET LOCAL synchronous_commit = local`); err != nil {
+			return err
+		}
+		return tx.QueryRow(ctx, `SELECT pg_logical_emit_message(true, 'cleancut', '')::text`).Scan(&end)
+	})
+	if err != nil {
+		return 0, fmt.Errorf("write a WAL record to flush up to: %w", err)
+	}
+	return backup.ParseLSN(end)
+}

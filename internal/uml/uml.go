@@ -1,0 +1,188 @@
+// Package uml runs a program as root in a User Mode Linux guest: a Linux kernel of its own (with md, device mapper, loop, XFS, ext4
+// and btrfs) that is an ordinary process on the host and needs neither root nor KVM there. The guest's root is the host's own file
+// tree under an overlay in the guest's memory, so every program of the host is there and nothing written in the guest reaches the
+// host, but for the folders in [Guest.Share].
+//
+// # Guest → exchange folder (init, argument lists, scratch disk) → linux.uml → init.sh → program → exit status
+//
+// What always holds: no argument passes a shell parser; the guest and all its processes end with Run and with the process that
+// called it, also by SIGKILL; all that Run made is removed, in the last case by a guard process. Guests do not know of each other; any number may run at a time.
+package uml
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+	"time"
+)
+
+// ErrTimeout says that the program did not end within [Guest.Timeout] and the guest was killed.
+var ErrTimeout = errors.New("guest timed out")
+
+const (
+	defaultMemory = 3 << 30
+	leastMemory   = 64 << 20 // below that the kernel does not come to its init
+	bootLimit     = 3 * time.Minute
+	pollEvery     = 50 * time.Millisecond
+)
+
+// Guest describes one run of one program. Its zero value but for Args can be run.
+type Guest struct {
+	// Args are the program and its arguments. A program without a slash is looked up in the guest's PATH, a relative one in Dir.
+	Args []string
+	// Env is the whole environment of the program, KEY=VALUE; nil means PATH, HOME=/root and LANG=C.UTF-8. The sbin folders are
+	// added to its PATH if missing, and CLEANCUT_GUEST=1 is added.
+	Env []string
+	// Dir is the working directory in the guest, absolute; default /.
+	Dir string
+	// Memory of the guest in bytes, default 3 GiB. The overlay over the host's files takes at most 80 % of it. On the host it is a
+	// sparse, unlinked file in /dev/shm, or in ScratchDir where /dev/shm is too small.
+	Memory int64
+	// Scratch is the size in bytes of a sparse scratch disk, /dev/ubda in the guest; 0 means none.
+	Scratch int64
+	// ScratchDir is the host's folder for the scratch disk and the exchange folder; default [os.TempDir].
+	ScratchDir string
+	// Share lists folders of the host that stay the host's own in the guest, writable, at the same path.
+	Share []string
+	// Stdout and Stderr get the program's output while it runs; nil discards. The same writer may be given twice.
+	Stdout, Stderr io.Writer
+	// Timeout for the whole run, boot included; 0 means none.
+	Timeout time.Duration
+	// Modules are loaded besides overlay, loop, md-mod, raid0, linear and dm-mod, by name, with what they depend on. Others can
+	// be loaded in the guest with modprobe, or are loaded by the guest's kernel when asked for.
+	Modules []string
+}
+
+// Run boots a guest, runs the program and returns its exit status, 128+N if signal N killed it, 127 if it was not found and 126 if it
+// could not be started, all as a shell does. err speaks of the run itself, never of the program: the guest did not boot (with the end of
+// its console), it ended without a status, a writer failed, ctx ended (wrapped ctx.Err()) or Timeout passed ([ErrTimeout]).
+// Whatever happens, when Run returns the guest is gone and the host is as before.
+func (g Guest) Run(ctx context.Context) (exit int, err error) {
+	if err := ctx.Err(); err != nil {
+		return 0, fmt.Errorf("run guest: %w", err)
+	}
+	if missing := Missing(); len(missing) > 0 {
+		return 0, fmt.Errorf("run guest: this host lacks %s", strings.Join(missing, ", "))
+	}
+	if g, err = g.complete(); err != nil {
+		return 0, fmt.Errorf("run guest: %w", err)
+	}
+	release, err := kernelRelease()
+	if err != nil {
+		return 0, err
+	}
+	x, err := newExchange(g, release)
+	if err != nil {
+		return 0, fmt.Errorf("prepare guest: %w", err)
+	}
+	defer func() { err = errors.Join(err, x.remove()) }()
+	if g.Timeout > 0 {
+		var stop context.CancelFunc
+		ctx, stop = context.WithTimeoutCause(ctx, g.Timeout, fmt.Errorf("%w after %v", ErrTimeout, g.Timeout))
+		defer stop()
+	}
+	return x.run(ctx, g)
+}
+
+// run starts the kernel on a filled exchange folder and stays with it to its end.
+func (x *exchange) run(ctx context.Context, g Guest) (int, error) {
+	ctx, abort := context.WithCancelCause(ctx)
+	defer abort(nil)
+	out, err := x.follow(g.Stdout, g.Stderr)
+	if err != nil {
+		return 0, err
+	}
+	k, err := startKernel(x, g)
+	if err != nil {
+		return 0, errors.Join(err, out.stop())
+	}
+	booting := time.AfterFunc(bootLimit, func() {
+		if !x.started() {
+			abort(fmt.Errorf("boot guest: program not started after %v%s", bootLimit, x.consoleTail()))
+		}
+	})
+	defer booting.Stop()
+	out.start(func(err error) { abort(fmt.Errorf("pass on output: %w", err)) })
+	end := k.wait(ctx)
+	if err := out.stop(); err != nil {
+		return 0, fmt.Errorf("pass on output: %w", err)
+	}
+	status, err := x.exitStatus()
+	if err == nil {
+		return status, nil
+	}
+	if ctx.Err() != nil {
+		return 0, fmt.Errorf("run guest: %w", context.Cause(ctx))
+	}
+	if end == nil {
+		end = errors.New("powered off")
+	}
+	return 0, fmt.Errorf("%w (%w)%s", err, end, x.consoleTail())
+}
+
+// complete fills in the defaults and refuses what cannot be run.
+func (g Guest) complete() (Guest, error) {
+	if len(g.Args) == 0 || g.Args[0] == "" {
+		return g, errors.New("no program given")
+	}
+	if g.Memory == 0 {
+		g.Memory = defaultMemory
+	}
+	if g.Memory < leastMemory {
+		return g, fmt.Errorf("memory of %d bytes is below %d", g.Memory, int64(leastMemory))
+	}
+	if g.Scratch < 0 {
+		return g, fmt.Errorf("scratch disk of %d bytes", g.Scratch)
+	}
+	if g.Dir == "" {
+		g.Dir = "/"
+	}
+	if !strings.HasPrefix(g.Dir, "/") {
+		return g, fmt.Errorf("working directory %q is not absolute", g.Dir)
+	}
+	if g.ScratchDir == "" {
+		g.ScratchDir = os.TempDir()
+	}
+	if g.Env == nil {
+		g.Env = []string{"HOME=/root", "LANG=C.UTF-8"}
+	}
+	g.Env = guestEnv(g.Env)
+	return g, nil
+}
+
+// guestEnv returns env with the last value of each name, a PATH that includes the sbin folders, and the guest's marker.
+func guestEnv(env []string) []string {
+	path := ""
+	last := map[string]int{}
+	for i, kv := range env {
+		name, value, ok := strings.Cut(kv, "=")
+		if !ok || name == "" {
+			continue // execve takes it, but no getenv finds it
+		}
+		if name == "PATH" {
+			path = value
+		}
+		last[name] = i
+	}
+	var out []string
+	for i, kv := range env {
+		name, _, _ := strings.Cut(kv, "=")
+		if at, ok := last[name]; ok && at == i && name != "PATH" && name != "CLEANCUT_GUEST" {
+			out = append(out, kv)
+		}
+	}
+	dirs := strings.Split(path, ":")
+	if path == "" {
+		dirs = []string{"/usr/local/sbin", "/usr/local/bin"}
+	}
+	for _, dir := range []string{"/usr/sbin", "/usr/bin", "/sbin", "/bin"} {
+		if !slices.Contains(dirs, dir) {
+			dirs = append(dirs, dir)
+		}
+	}
+	return append(out, "PATH="+strings.Join(dirs, ":"), "CLEANCUT_GUEST=1")
+}
