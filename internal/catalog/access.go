@@ -49,7 +49,7 @@ func (c *Catalog) list(ctx context.Context, id backup.ID, folder ...string) ([]O
 
 // maxRecord is far above any record (a member is under a kilobyte) and keeps a
 // damaged one from filling the memory.
-const maxRecord = 64 << 20
+const maxRecord = 16 << 20
 
 func (c *Catalog) read(ctx context.Context, key string) ([]byte, error) {
 	r, err := c.store.Get(ctx, key)

@@ -44,14 +44,17 @@ func TestMain(m *testing.M) {
 }
 
 func TestDirIsAStore(t *testing.T) {
+	t.Parallel()
 	catalogtest.Run(t, func(t *testing.T) catalog.Store { return catalog.NewDir(filepath.Join(t.TempDir(), "new", "catalog")) })
 }
 
 func TestDirWithoutRenameNoReplaceIsAStore(t *testing.T) {
+	t.Parallel()
 	catalogtest.Run(t, func(t *testing.T) catalog.Store { return catalog.NewDirByLink(t.TempDir()) })
 }
 
 func TestDirBehindASymbolicLinkIsAStore(t *testing.T) {
+	t.Parallel()
 	catalogtest.Run(t, func(t *testing.T) catalog.Store {
 		link := filepath.Join(t.TempDir(), ".link")
 		if err := os.Symlink(t.TempDir(), link); err != nil {
@@ -148,6 +151,7 @@ func TestAFailedPutLeavesNoFile(t *testing.T) {
 }
 
 func TestAPutThatTheFilesystemCannotHoldLeavesNothing(t *testing.T) {
+	t.Parallel()
 	root := t.TempDir()
 	child := exec.CommandContext(t.Context(), os.Args[0])
 	child.Env = append(os.Environ(), "CATALOG_CHILD=full", "CATALOG_ROOT="+root)
@@ -219,8 +223,9 @@ func TestKillInTheMiddleOfAPutLeavesNothingUnderTheKey(t *testing.T) {
 }
 
 func TestKillAtAnyMomentLeavesOnlyWholeObjects(t *testing.T) {
+	t.Parallel()
 	seen := 0
-	for range 20 {
+	for range 8 {
 		root := t.TempDir()
 		child := exec.CommandContext(t.Context(), os.Args[0])
 		child.Env = append(os.Environ(), "CATALOG_CHILD=many", "CATALOG_ROOT="+root)

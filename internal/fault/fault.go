@@ -24,8 +24,9 @@ type key struct{}
 // Injector counts the points that are passed and acts at one of them. The
 // zero value only counts.
 type Injector struct {
-	Action string // "error", "cancel" (SIGINT to ourselves), "kill" (SIGKILL to ourselves)
-	At     int    // at which point, counted from 1
+	Action string            // "error", "cancel" (SIGINT to ourselves), "kill" (SIGKILL to ourselves)
+	At     int               // at which point, counted from 1
+	Log    func(name string) // told of every point; may be nil
 
 	mu     sync.Mutex
 	passed []string
@@ -66,6 +67,9 @@ func Point(ctx context.Context, name string) error {
 	i.mu.Lock()
 	i.passed = append(i.passed, name)
 	hit := i.At == len(i.passed)
+	if i.Log != nil {
+		i.Log(name)
+	}
 	i.mu.Unlock()
 	if !hit {
 		return nil

@@ -211,16 +211,16 @@ func (f *Flow) removeBackup(ctx context.Context, i backup.Intent) error {
 	return f.Catalog.EndIntent(ctx, i.ID)
 }
 
+// preflight refuses what could not be recovered and returns what is worth
+// telling.
 func preflight(r postgres.Running, o BackupOptions) (notes []string, err error) {
-	var refused []error
-	for _, finding := range postgres.Preflight(r, postgres.Allow{NoFullPageWrites: o.AllowNoFPW}) {
-		if finding.Refuse {
-			refused = append(refused, backup.Hint(fmt.Errorf("%s: %w", finding.Text, finding.Kind()), finding.Hint))
-			continue
+	findings := postgres.Preflight(r, postgres.Allow{NoFullPageWrites: o.AllowNoFPW})
+	for _, finding := range findings {
+		if !finding.Refuse {
+			notes = append(notes, finding.Text)
 		}
-		notes = append(notes, finding.Text)
 	}
-	return notes, errors.Join(refused...)
+	return notes, postgres.Refused(findings)
 }
 
 // keepAway refuses to freeze a filesystem that cleancut itself writes to: the

@@ -7,14 +7,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"cleancut/internal/backup"
-	"cleancut/internal/fault"
 )
 
 // Release takes away everything that stands on the given whole devices:
@@ -94,56 +91,6 @@ func withPartitions(devices []string) ([]string, error) {
 		}
 		for _, p := range parts {
 			out = append(out, "/dev/"+filepath.Base(filepath.Dir(p)))
-		}
-	}
-	return out, nil
-}
-
-// EndProcesses ends every process whose working directory is dir or below it:
-// a server and its children, on a copy that is going to be removed. First
-// SIGQUIT, which PostgreSQL takes as an immediate shutdown, then SIGKILL. It
-// returns when none is left.
-func EndProcesses(ctx context.Context, dir string) error {
-	if err := fault.Point(ctx, "host.kill"); err != nil {
-		return err
-	}
-	for try := 0; ; try++ {
-		pids, err := processesIn(dir)
-		if err != nil {
-			return err
-		}
-		if len(pids) == 0 {
-			return nil
-		}
-		sig := unix.SIGQUIT
-		if try > 100 {
-			sig = unix.SIGKILL
-		}
-		for _, pid := range pids {
-			if try%100 == 0 || sig == unix.SIGKILL {
-				_ = unix.Kill(pid, sig) // it may be gone by now
-			}
-		}
-		if err := pause(ctx, 50*time.Millisecond); err != nil {
-			return fmt.Errorf("processes %v in %s: %w: %w", pids, dir, backup.ErrInUse, err)
-		}
-	}
-}
-
-func processesIn(dir string) ([]int, error) {
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		return nil, fmt.Errorf("list processes: %w", err)
-	}
-	var out []int
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
-		cwd, err := os.Readlink(filepath.Join("/proc", e.Name(), "cwd"))
-		if err == nil && pid != os.Getpid() && (cwd == dir || strings.HasPrefix(cwd, dir+"/")) {
-			out = append(out, pid)
 		}
 	}
 	return out, nil

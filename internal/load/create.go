@@ -72,7 +72,7 @@ create index documents_author on play.documents (author)`
 // and their own two numbers. hashint8extended (PostgreSQL 11) mixes the id
 // with the seed plus a number that tells the columns apart.
 const (
-	pick = `$4[1 + abs(hashint8extended(%s, $3 + %d) %% cardinality($4::text[]))]`
+	pick = `($4::text[])[1 + abs(hashint8extended(%s, $3 + %d) %% cardinality($4::text[]))]`
 
 	fillBranches = `insert into play.branches select i, 0, repeat('b', 80) from generate_series($1::int, $2::int) i`
 	fillTellers  = `insert into play.tellers select i, 1 + (i - 1) / $3::int, 0, repeat('t', 60) from generate_series($1::int, $2::int) i`

@@ -5,7 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"reflect"
+	"strconv"
+	"runtime"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -232,8 +236,8 @@ func TestACrashLosesNothingAcknowledged(t *testing.T) {
 
 func TestPlantedDamageIsFound(t *testing.T) {
 	s := startServer(t)
-	facts := create(t, s.conn(t, "postgres"), small())
 	conn := s.conn(t, "postgres")
+	facts := create(t, conn, small())
 	mark(t, conn, 1)
 	which := everything()
 	l, err := load.Start(t.Context(), s.connect("postgres"), which)
@@ -254,13 +258,13 @@ func TestPlantedDamageIsFound(t *testing.T) {
 		got             func(load.Finding) any
 		number          any
 	}{
-		{"a deleted word is missing", `delete from play.words_said where stream = $1 and id = 7`, "1 words acknowledged before the cut are missing",
+		{"a deleted word is missing", `delete from play.words_said where stream = STREAM and id = 7`, "1 words acknowledged before the cut are missing",
 			func(f load.Finding) any { return f.Words.MissingSample }, []load.ID{{Stream: stream, N: 7}}},
-		{"a word nobody sent is a phantom", `insert into play.words_said select $1, 1000000007, word, sum from play.words_said limit 1`, "1 words are there that were never sent",
+		{"a word nobody sent is a phantom", `insert into play.words_said select STREAM, 1000000007, word, sum from play.words_said limit 1`, "1 words are there that were never sent",
 			func(f load.Finding) any { return f.Words.PhantomSample }, []load.ID{{Stream: stream, N: 1000000007}}},
-		{"a stream nobody sent is a phantom", `update play.words_said set stream = 7 where stream = $1 and id = 1`, "words are there that were never sent",
+		{"a stream nobody sent is a phantom", `update play.words_said set stream = 7 where stream = STREAM and id = 1`, "words are there that were never sent",
 			func(f load.Finding) any { return f.Words.Missing }, int64(1)},
-		{"a changed word is torn", `update play.words_said set word = word || '!' where stream = $1 and id = 3`, "1 words are torn",
+		{"a changed word is torn", `update play.words_said set word = word || '!' where stream = STREAM and id = 3`, "1 words are torn",
 			func(f load.Finding) any { return f.Words.TornSample }, []load.ID{{Stream: stream, N: 3}}},
 		{"a word that is there twice is told", `alter table play.words_said drop constraint words_said_pkey; insert into play.words_said select * from play.words_said where stream = STREAM and id = 2`, "1 words are there more than once",
 			func(f load.Finding) any { return f.Words.TwiceSample }, []load.ID{{Stream: stream, N: 2}}},
@@ -283,24 +287,17 @@ func TestPlantedDamageIsFound(t *testing.T) {
 		{"a dropped table of words cannot be read", `drop table play.words_said`, `play.words_said cannot be read`,
 			func(f load.Finding) any { return len(f.Problems()) }, 1},
 	}
+	if err := conn.Close(t.Context()); err != nil { // a template must have no visitors
+		t.Fatal(err)
+	}
+	admin := s.conn(t, "template1")
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
-			run(t, s.conn(t, "template1"), `drop database if exists damaged`)
-			_ = conn.Close(t.Context()) // a template must have no visitors
-			run(t, s.conn(t, "template1"), `create database damaged template postgres`)
+			run(t, admin, `drop database if exists damaged`)
+			run(t, admin, `create database damaged template postgres`)
 			damaged := s.conn(t, "damaged")
 			defer func() { _ = damaged.Close(context.Background()) }()
-			if sql := strings.ReplaceAll(c.sql, "STREAM", "$1"); sql == c.sql && strings.Contains(sql, "$1") {
-				run(t, damaged, sql, stream)
-			} else {
-				for _, one := range strings.Split(sql, "; ") {
-					if strings.Contains(one, "$1") {
-						run(t, damaged, one, stream)
-					} else {
-						run(t, damaged, one)
-					}
-				}
-			}
+			run(t, damaged, strings.ReplaceAll(c.sql, "STREAM", strconv.FormatInt(stream, 10)))
 			f := judge(t, damaged, promise)
 			if got := c.got(f); !reflect.DeepEqual(got, c.number) {
 				t.Errorf("got %v, want %v", got, c.number)
@@ -309,5 +306,133 @@ func TestPlantedDamageIsFound(t *testing.T) {
 				t.Errorf("problems: got %q, want %q", got, c.want)
 			}
 		})
+	}
+}
+
+// stopBackends halts every client backend with SIGSTOP, as a frozen
+// filesystem would, and returns what lets them go on.
+func stopBackends(t *testing.T, conn *pgx.Conn) (release func()) {
+	t.Helper()
+	rows, err := conn.Query(t.Context(), `select pid from pg_stat_activity where backend_type = 'client backend' and pid <> pg_backend_pid()`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pids, err := pgx.CollectRows(rows, pgx.RowTo[int])
+	if err != nil {
+		t.Fatal(err)
+	}
+	release = sync.OnceFunc(func() {
+		for _, pid := range pids {
+			_ = syscall.Kill(pid, syscall.SIGCONT) // those that ended meanwhile need none
+		}
+	})
+	t.Cleanup(release)
+	for _, pid := range pids {
+		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return release
+}
+
+func TestBeatersOutliveABlockedServer(t *testing.T) {
+	s := startServer(t)
+	conn := s.conn(t, "postgres")
+	facts := create(t, conn, small())
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	l, err := load.Start(ctx, s.connect("postgres"), everything())
+	if err != nil {
+		t.Fatal(err)
+	}
+	await(t, l, 50)
+	stopped := time.Now()
+	release := stopBackends(t, conn)
+	const long = 700 * time.Millisecond
+	for l.Words.Stall(stopped, time.Time{}).Length < long {
+		runtime.Gosched()
+	}
+	release()
+	before := l.Words.Count()
+	await(t, l, before+50)
+	if got := l.Words.Stall(stopped, time.Time{}); got.Length < long || l.Err() != nil {
+		t.Errorf("got stall %v, error %v; want %v at least, none", got.Length, l.Err(), long)
+	}
+
+	// Blocked again, and cancelled: a clean and quick end.
+	release = stopBackends(t, conn)
+	began := time.Now()
+	cancel()
+	if _, err := l.Stop(); err != nil {
+		t.Errorf("cancelled: got %v, want a clean end", err)
+	}
+	if took := time.Since(began); took > 8*time.Second {
+		t.Errorf("cancelled while blocked: the end took %v", took)
+	}
+	promise := l.Promise(time.Now())
+	promise.Facts = &facts
+	release()
+	noProblem(t, judge(t, conn, promise))
+}
+
+func TestBulkStaysOpenAtItsLimit(t *testing.T) {
+	s := startServer(t)
+	conn := s.conn(t, "postgres")
+	create(t, conn, small())
+	b := load.NewBulk(load.BulkOptions{BatchRows: 400, MaxRows: 7_000})
+	if err := b.Start(t.Context(), s.connect("postgres")); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Await(t.Context(), 18); err != nil {
+		t.Fatal(err)
+	}
+	for !b.Paused() {
+		runtime.Gosched()
+	}
+	var open, visible int
+	err := conn.QueryRow(t.Context(), `select (select count(*) from pg_stat_activity where state = 'idle in transaction'), (select count(*) from play.bulk)`).Scan(&open, &visible)
+	if err != nil || visible != 0 {
+		t.Errorf("got %d visible rows, %v", visible, err)
+	}
+	if open > 1 {
+		t.Errorf("got %d transactions open, want one", open)
+	}
+	if got := b.Rows(); got < 7_000 || got > 7_400 {
+		t.Errorf("got %d rows, want 7,000 and at most a batch more", got)
+	}
+	if err := b.Stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestStartReportsWhatIsMissing(t *testing.T) {
+	s := startServer(t)
+	l, err := load.Start(t.Context(), s.connect("postgres"), load.All())
+	if err == nil || l != nil {
+		t.Errorf("without a play database: got %v, %v", l, err)
+	}
+	if _, err := load.Start(t.Context(), s.connect("nowhere"), load.All()); err == nil {
+		t.Error("without a database: no error")
+	}
+}
+
+func TestCreateIsDeterministic(t *testing.T) {
+	s := startServer(t)
+	admin := s.conn(t, "postgres")
+	digest := func(name string, seed int64) (out string) {
+		run(t, admin, `create database `+name)
+		conn := s.conn(t, name)
+		o := small()
+		o.Seed = seed
+		create(t, conn, o)
+		err := conn.QueryRow(t.Context(), `select md5(string_agg(d, '')) from (select md5(p::text) d from play.people p order by id) a`).Scan(&out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	a, b, c := digest("a", 5), digest("b", 5), digest("c", 6)
+	if a != b || a == c {
+		t.Errorf("got %s and %s for one seed, %s for another", a, b, c)
 	}
 }

@@ -41,6 +41,12 @@ func (c *image) rewriteLinks(context.Context) error {
 		return fmt.Errorf("%s/pg_wal is neither a directory nor a link", c.dataPath)
 	}
 	for _, link := range c.placeLinks() {
+		if strings.HasSuffix(link, ".tmp") { // of a run that was killed
+			if err := c.data.Remove(link); err != nil {
+				return err
+			}
+			continue
+		}
 		target, err := c.target(link)
 		if err != nil {
 			return err

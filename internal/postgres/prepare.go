@@ -355,3 +355,11 @@ func writeOwned(r *os.Root, name, content string, uid, gid int) error {
 	}
 	return r.Rename(tmp, name)
 }
+
+func (c *image) writeConfig(context.Context) error {
+	return errors.Join(
+		c.write(c.root, Private+"/postgresql.conf", configFile(c.plan.Server.Settings)),
+		c.write(c.root, Private+"/pg_hba.conf", hbaFile),
+		c.write(c.root, Private+"/pg_ident.conf", "# Written by cleancut: maps nobody.\n"),
+	)
+}

@@ -24,6 +24,7 @@ type lockFile struct {
 	SocketDir string // the first of them, "" for none
 	Listen    string // the first address, "" for none
 	SharedID  int    // of its System V segment, -1 when not there yet
+	Status    string // starting, stopping, ready, standby
 }
 
 // readLock reads postmaster.pid below dir. A server that just starts has
@@ -40,7 +41,7 @@ func readLock(dir string) (lockFile, error) {
 		}
 		return ""
 	}
-	l := lockFile{SocketDir: line(4), Listen: line(5), SharedID: -1}
+	l := lockFile{SocketDir: line(4), Listen: line(5), Status: line(7), SharedID: -1}
 	// A standalone backend (--single) writes its pid negated.
 	if l.PID, err = strconv.Atoi(strings.TrimPrefix(line(0), "-")); err != nil || l.PID <= 0 {
 		return lockFile{}, fmt.Errorf("%s/postmaster.pid holds no process id", dir)

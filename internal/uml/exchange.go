@@ -4,6 +4,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -173,10 +174,27 @@ func (x *exchange) makeSkeleton(release string) error {
 			return err
 		}
 	}
-	if err := os.Chmod(filepath.Join(skeleton, "run/lock"), 0o777|os.ModeSticky); err != nil {
+	if err := os.WriteFile(filepath.Join(skeleton, markerFile), []byte(release+"\n"), 0o644); err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(skeleton, markerFile), []byte(release+"\n"), 0o644)
+	return openModes(skeleton)
+}
+
+// openModes makes a tree readable to all users of the guest, whatever the runner's umask.
+func openModes(root string) error {
+	return filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.Type()&fs.ModeSymlink != 0 {
+			return err
+		}
+		mode := fs.FileMode(0o644)
+		if entry.IsDir() {
+			mode = 0o755
+		}
+		if entry.Name() == "lock" {
+			mode = 0o777 | fs.ModeSticky
+		}
+		return os.Chmod(path, mode)
+	})
 }
 
 // fstab is the guest's mount table (fstab(5)), in mounting order, below the overlay's mount point.

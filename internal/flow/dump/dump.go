@@ -48,10 +48,10 @@ func Run(ctx context.Context, w io.Writer, o Options) (Result, error) {
 	if err != nil {
 		return Result{}, fmt.Errorf("zstd level %d: %w", o.Level, err)
 	}
-	cmd, err := o.Instance.Command(ctx, "pg_dumpall")
-	if err != nil {
+	if _, err := o.Instance.Installation.Tool("pg_dumpall"); err != nil {
 		return Result{}, err
 	}
+	cmd := o.Instance.Command(ctx, "pg_dumpall")
 	in := &meter{w: z}
 	in.progress = func() {
 		if o.Progress != nil {

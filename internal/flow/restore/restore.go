@@ -13,7 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
+	"strings"
 
 	"cleancut/internal/backup"
 	"cleancut/internal/postgres"
@@ -81,19 +81,28 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 	m := o.Manifest
 	data, _ := m.Topology.Place(backup.PlaceData)
 	c.DataDirectory = c.Path(data.Path)
-	if err := os.MkdirAll(c.PrivateDir(), 0o711); err != nil {
-		return nil, fmt.Errorf("private folder of the copy: %w", err)
-	}
-	plan := postgres.Plan{Root: c.Root, DataDirectory: c.DataDirectory, PrivateDir: c.PrivateDir(), Server: m.Server, Places: m.Topology.Places, Map: c.Path}
+	plan := postgres.Plan{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Places: m.Topology.Places,
+		Map: func(original string) (string, bool) { return inCopy(*c, m.Topology, original) }}
 	if err := postgres.Prepare(ctx, plan); err != nil {
-		return nil, fmt.Errorf("prepare the data directory: %w", err)
+		return nil, fmt.Errorf("%w: %w", ErrNoStart, err)
 	}
 	o.Progress("recover", "PostgreSQL "+m.Server.Version)
-	instance, err := postgres.Start(ctx, plan, o.Installation)
+	instance, err := postgres.Start(ctx, postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Installation: o.Installation})
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoStart, err)
 	}
-	c.SocketDir, c.Port, c.Superuser = instance.SocketDir, instance.Port, m.Server.Superuser
+	c.SocketDir, c.Port, c.Superuser = instance.SocketDir, instance.Port, instance.Superuser
 	c.EndOfRecovery, c.FirstQuery = instance.EndOfRecovery, instance.FirstQuery.Seconds()
 	return instance, nil
+}
+
+// inCopy maps a path of the original into the copy, if one of the copy's
+// filesystems holds it.
+func inCopy(c backup.Copy, t backup.Topology, original string) (string, bool) {
+	for _, fs := range t.Filesystems {
+		if original == fs.Mountpoint || strings.HasPrefix(original, fs.Mountpoint+"/") {
+			return c.Path(original), true
+		}
+	}
+	return "", false
 }

@@ -9,6 +9,7 @@ import (
 
 	"cleancut/internal/backup"
 	"cleancut/internal/host"
+	"cleancut/internal/postgres"
 )
 
 // Undo removes everything of a copy in reverse: the server, the mounts, the
@@ -22,7 +23,7 @@ func Undo(ctx context.Context, p Provider, c backup.Copy) error {
 		return fmt.Errorf("volumes of copy %s: %w: %w", c.ID, backup.ErrLeft, err)
 	}
 	if c.Root != "" {
-		if err := host.EndProcesses(ctx, c.Root); err != nil {
+		if err := postgres.Kill(ctx, c.Root); err != nil {
 			return fmt.Errorf("%w: %w", backup.ErrLeft, err)
 		}
 	}

@@ -8,12 +8,15 @@
 package verify
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"sort"
 	"strings"
@@ -117,10 +120,10 @@ func (r *runner) amcheck(ctx context.Context) (string, error) {
 }
 
 func (r *runner) dumpAll(ctx context.Context) (string, error) {
-	cmd, err := r.Instance.Command(ctx, "pg_dumpall")
-	if err != nil {
+	if _, err := r.Installation.Tool("pg_dumpall"); err != nil {
 		return "", fmt.Errorf("%w: %w", errNotRun, err)
 	}
+	cmd := r.Instance.Command(ctx, "pg_dumpall")
 	var bytesRead counter
 	cmd.Stdout = &bytesRead // not -f /dev/null, which pg_dumpall cannot fsync
 	said, err := run(cmd)
@@ -130,10 +133,10 @@ func (r *runner) dumpAll(ctx context.Context) (string, error) {
 // tool runs a client tool of the server's version; what it prints is the
 // detail of a failure.
 func (r *runner) tool(ctx context.Context, name string, args ...string) (string, error) {
-	cmd, err := r.Instance.Command(ctx, name, args...)
-	if err != nil {
+	if _, err := r.Installation.Tool(name); err != nil {
 		return "", fmt.Errorf("%w: %w", errNotRun, err)
 	}
+	cmd := r.Instance.Command(ctx, name, args...)
 	var out tail
 	cmd.Stdout = &out
 	said, err := run(cmd)
@@ -198,17 +201,23 @@ func (r *runner) databases(ctx context.Context) ([]string, error) {
 
 // serverLog looks for what the server itself said was wrong.
 func (r *runner) serverLog(context.Context) (string, error) {
-	log, err := r.Instance.Log()
+	f, err := os.Open(filepath.Join(r.Copy.PrivateDir(), "postgres.log"))
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", errNotRun, err)
 	}
+	defer f.Close()
 	var bad []string
-	for line := range strings.SplitSeq(log, "\n") {
+	lines := bufio.NewScanner(f)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
 		for _, sign := range []string{"PANIC:", "invalid page in block", "unexpected data beyond EOF", "could not read block", "invalid memory alloc"} {
-			if strings.Contains(line, sign) && len(bad) < 5 {
-				bad = append(bad, line)
+			if strings.Contains(lines.Text(), sign) && len(bad) < 5 {
+				bad = append(bad, lines.Text())
 			}
 		}
+	}
+	if err := lines.Err(); err != nil {
+		return "", fmt.Errorf("%w: %w", errNotRun, err)
 	}
 	if len(bad) > 0 {
 		return "", errors.New(strings.Join(bad, "; "))
