@@ -42,7 +42,7 @@ are deleted.`,
 			return a.print(m, func() {
 				a.line("backup %s: %s cut of %d volumes (%s)", m.ID, m.Cut.Achieved, len(m.Snapshots), m.Cut.How)
 				a.line("  frozen for %.1f ms, snapshot requests within %.1f ms, flushed WAL %s", m.Cut.FreezeMS, m.Cut.SpreadMS, m.Cut.FlushLSN)
-				a.notes(m.Server)
+				a.notes(append(m.Server.Notes, m.Cut.Notes...))
 				a.line("  not proven yet: run `cleancut verify %s`", m.ID)
 			})
 		},
@@ -74,8 +74,8 @@ func backupMode(mode string) (backup.Mode, error) {
 	return "", fmt.Errorf("%w: mode %q: auto, group, freeze or bracketed", backup.ErrUsage, mode)
 }
 
-func (a *app) notes(s backup.Server) {
-	for _, n := range s.Notes {
+func (a *app) notes(notes []string) {
+	for _, n := range notes {
 		a.line("  note: %s", n)
 	}
 }

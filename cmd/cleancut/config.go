@@ -239,6 +239,17 @@ func (a *app) flow(ctx context.Context) (*flow.Flow, settings, error) {
 		Watchdog: []string{exe, "watchdog"}, BinDirs: s.BinDirs, Log: a.log, Progress: a.progress}, s, nil
 }
 
+// bareFlow opens the state folder only: thaw must work when everything else
+// is broken.
+func (a *app) bareFlow() (*flow.Flow, error) {
+	s, err := a.settings()
+	if err != nil {
+		return nil, err
+	}
+	st, err := state.Open(s.State)
+	return &flow.Flow{State: st, Cluster: s.name, Host: s.Host, Log: a.log, Progress: a.progress}, err
+}
+
 func (s settings) target() postgres.Target {
 	return postgres.Target{DSN: s.cluster.DSN, DataDirectory: s.cluster.DataDirectory}
 }

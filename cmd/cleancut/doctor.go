@@ -4,21 +4,14 @@ import (
 	"fmt"
 
 	"github.com/spf13/cobra"
-
-	"cleancut/internal/flow"
 )
 
 func (a *app) doctorCommand() *cobra.Command {
-	var o flow.BackupOptions
-	c := &cobra.Command{
+	return &cobra.Command{
 		Use: "doctor", GroupID: "look", Args: exactly(0, ""),
 		Short: "Check everything a backup, a restore and a dump need, and say how to mend each",
-		RunE: func(c *cobra.Command, _ []string) error {
-			return fmt.Errorf("doctor: not there yet")
-		},
+		RunE:  func(c *cobra.Command, _ []string) error { return fmt.Errorf("doctor: not there yet") },
 	}
-	_ = o
-	return c
 }
 
 func (a *app) demoCommand() *cobra.Command {
@@ -26,9 +19,4 @@ func (a *app) demoCommand() *cobra.Command {
 		Use: "demo", GroupID: "look", Args: exactly(0, ""), Short: "Run the whole story on this machine",
 		RunE: func(c *cobra.Command, _ []string) error { return fmt.Errorf("demo: not there yet") },
 	}
-}
-
-func (a *app) bareFlow() (*flow.Flow, error) {
-	f, _, err := a.flow(nil)
-	return f, err
 }

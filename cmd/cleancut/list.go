@@ -129,12 +129,12 @@ func (a *app) showText(e catalog.Entry) {
 	a.line("backup %s of cluster %s, cut on %s at %s by cleancut %s", m.ID, m.Cluster, m.Host, m.Created.Format(time.RFC3339), m.Tool)
 	a.line("\ncut: %s (%s), frozen %.1f ms, requests within %.1f ms, syncfs rounds %.0f ms", m.Cut.Achieved, m.Cut.How, m.Cut.FreezeMS, m.Cut.SpreadMS, m.Cut.SyncRounds)
 	a.line("  flushed WAL before the freeze: %s on timeline %d", m.Cut.FlushLSN, m.Server.Timeline)
-	a.line("server: PostgreSQL %s, system identifier %d, checksums %v", m.Server.Version, m.Server.SystemIdentifier, m.Server.DataChecksums)
+	a.line("server: %s, system identifier %d, checksums %v", m.Server.Version, m.Server.SystemIdentifier, m.Server.DataChecksums)
 	for _, d := range m.Server.Databases {
 		a.line("  database %s, %s", d.Name, d.Size)
 	}
 	a.topologyText(m.Topology)
-	a.notes(m.Server)
+	a.notes(append(m.Server.Notes, m.Cut.Notes...))
 	a.line("\nsnapshots:")
 	rows := [][]string{}
 	for _, s := range m.Snapshots {

@@ -27,7 +27,7 @@ func (a *app) topologyCommand() *cobra.Command {
 			}
 			reach := "atomic, by freezing " + plural(len(t.Filesystems), "filesystem") + " while " + plural(len(t.Members()), "volume") + " are snapshotted"
 			return a.print(map[string]any{"cluster": s.name, "server": running.Server, "topology": t, "members": t.Members(), "reachable": backup.Atomic, "why": reach}, func() {
-				a.line("cluster %s: PostgreSQL %s in %s", s.name, running.Server.Version, running.Server.DataDirectory)
+				a.line("cluster %s: %s in %s", s.name, running.Server.Version, running.Server.DataDirectory)
 				a.topologyText(t)
 				a.line("\na cut can be %s", reach)
 				a.line("  (no group snapshot: the local provider cuts each volume by itself)")

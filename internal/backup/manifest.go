@@ -93,6 +93,7 @@ type Cut struct {
 	Frozen     []Frozen      `json:"frozen,omitempty"`
 	FreezeMS   float64       `json:"freeze_ms"` // first FIFREEZE called to last FITHAW returned
 	SpreadMS   float64       `json:"spread_ms"` // first to last snapshot request
+	Notes      []string      `json:"notes,omitempty"`
 }
 
 // Frozen is the freeze of one filesystem.

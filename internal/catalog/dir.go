@@ -159,15 +159,22 @@ func (d *Dir) List(ctx context.Context, prefix string) ([]Object, error) {
 	return out, nil
 }
 
+// there demands that the root exists. "Nothing there" would be a lie where a
+// filesystem is only not mounted: there would be no backups, and a deletion
+// would be done.
+func (d *Dir) there() error {
+	_, err := os.Stat(d.root)
+	if absent(err) {
+		return backup.Hint(fmt.Errorf("catalog %s: %w: %w", d.root, backup.ErrNotFound, err),
+			"is its filesystem mounted? If it is meant to be new: the first `cleancut backup` makes it")
+	}
+	return err
+}
+
 // walk visits the regular files below folder. What vanishes meanwhile is
-// passed over. A missing root is an error: an empty list would say that there
-// are no backups where a filesystem is only not mounted.
+// passed over.
 func (d *Dir) walk(ctx context.Context, folder string, visit func(path string, e fs.DirEntry) error) error {
-	if _, err := os.Stat(d.root); err != nil {
-		if absent(err) {
-			err = backup.Hint(fmt.Errorf("catalog %s: %w: %w", d.root, backup.ErrNotFound, err),
-				"is its filesystem mounted? If it is meant to be new: the first `cleancut backup` makes it")
-		}
+	if err := d.there(); err != nil {
 		return err
 	}
 	top := d.path(folder) + "/" // with the slash a symbolic link is followed
@@ -195,6 +202,9 @@ func (d *Dir) walk(ctx context.Context, folder string, visit func(path string, e
 // Delete unlinks the file, syncs its folder and removes folders left empty.
 func (d *Dir) Delete(ctx context.Context, key string) error {
 	if err := check(ctx, CheckKey(key)); err != nil {
+		return fmt.Errorf("delete %s: %w", key, err)
+	}
+	if err := d.there(); err != nil {
 		return fmt.Errorf("delete %s: %w", key, err)
 	}
 	path := d.path(key)

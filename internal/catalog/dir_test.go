@@ -78,14 +78,18 @@ func TestFilesAndFoldersAreTheOwnersOnly(t *testing.T) {
 	}
 }
 
-func TestADirThatIsNotThereIsNoEmptyList(t *testing.T) {
+func TestADirThatIsNotThereIsNeitherEmptyNorCleared(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "not-mounted")
-	_, err := catalog.NewDir(root).List(t.Context(), "clusters/")
-	if !errors.Is(err, backup.ErrNotFound) || !strings.Contains(backup.HintOf(err), "mounted") {
-		t.Errorf("got %v (hint %q), want not found and a hint", err, backup.HintOf(err))
+	s := catalog.NewDir(root)
+	_, errList := s.List(t.Context(), "clusters/")
+	_, errTidy := s.Tidy(t.Context(), 0)
+	for method, err := range map[string]error{"list": errList, "tidy": errTidy, "delete": s.Delete(t.Context(), "clusters/x")} {
+		if !errors.Is(err, backup.ErrNotFound) || !strings.Contains(backup.HintOf(err), "mounted") {
+			t.Errorf("%s: got %v (hint %q), want not found and a hint", method, err, backup.HintOf(err))
+		}
 	}
 	if _, err := os.Stat(root); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("list made %s: %v", root, err)
+		t.Errorf("%s was made: %v", root, err)
 	}
 }
 

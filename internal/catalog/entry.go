@@ -20,7 +20,8 @@ type Entry struct {
 
 	// Err says why the backup may not be restored, nil if the catalog knows no
 	// reason: backup.ErrIncomplete, ErrDamage, ErrUnsupported, or what the
-	// store said.
+	// store said. Only ErrIncomplete means that it was interrupted; with any
+	// other the backup may be whole, and nothing of it may be deleted for it.
 	Err error
 	// VerdictErr says which verdicts are unreadable. It hinders no restore,
 	// but the last of Verdicts may then not be the newest.

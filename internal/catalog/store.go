@@ -41,8 +41,9 @@ type Store interface {
 	// at all: backup.ErrNotFound, never an empty list.
 	List(ctx context.Context, prefix string) ([]Object, error)
 
-	// Delete removes an object; nil if there is none. After nil it stays
-	// removed, also over a crash. It may be called again after an error.
+	// Delete removes an object; nil if there is none, but backup.ErrNotFound
+	// if the whole store is not there. After nil the object stays removed,
+	// also over a crash. It may be called again after an error.
 	Delete(ctx context.Context, key string) error
 }
 

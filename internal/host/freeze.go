@@ -59,6 +59,9 @@ func Arm(ctx context.Context, argv []string, mountpoints []string, deadline time
 	return f, fault.Point(ctx, "host.arm done")
 }
 
+// Note returns what the watchdog could not do to protect itself, or "".
+func (f *Freezer) Note() string { return f.watchdog.note }
+
 // Sync writes out what is dirty on every filesystem (syncfs), one after the
 // other, and returns how long that took.
 func (f *Freezer) Sync(ctx context.Context) (time.Duration, error) {

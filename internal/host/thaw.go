@@ -79,21 +79,27 @@ func isClosed(c <-chan struct{}) bool {
 }
 
 // harden makes sure that nothing but the kernel ends this process before it
-// is done.
-func harden() error {
+// is done. A container that lacks CAP_SYS_RESOURCE cannot exempt it from the
+// OOM killer: that is returned as a note for the manifest, since the freeze is
+// still guarded against everything else.
+func harden() (note string, err error) {
 	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGPIPE, syscall.SIGQUIT)
 	debug.SetGCPercent(-1)
-	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0); err != nil {
-		return fmt.Errorf("exempt the watchdog from the OOM killer: %w", err)
+	err = os.WriteFile("/proc/self/oom_score_adj", []byte("-1000"), 0)
+	if errors.Is(err, os.ErrPermission) {
+		note, err = "the watchdog is not exempt from the OOM killer (CAP_SYS_RESOURCE is missing)", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("exempt the watchdog from the OOM killer: %w", err)
 	}
 	if err := faultInText(); err != nil {
-		return err
+		return "", err
 	}
 	// ONFAULT: lock what is or comes into memory, not the runtime's reservations.
 	if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE | unix.MCL_ONFAULT); err != nil {
-		return fmt.Errorf("lock the watchdog in memory: %w", err)
+		return "", fmt.Errorf("lock the watchdog in memory: %w", err)
 	}
-	return nil
+	return note, nil
 }
 
 // faultInText reads the program's own code into memory, so that no page of it

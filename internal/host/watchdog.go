@@ -22,6 +22,7 @@ type Watchdog struct {
 	pipe  io.WriteCloser
 	says  chan string // lines from the watchdog; closed at its end
 	fired bool
+	note  string // what the watchdog could not do to protect itself
 }
 
 // What goes over the pipes. The freezer's end of the first pipe is in nobody
@@ -63,7 +64,9 @@ func startWatchdog(ctx context.Context, argv, mountpoints []string, deadline tim
 	case <-ctx.Done():
 		return nil, errors.Join(ctx.Err(), w.stop())
 	case word := <-w.says:
-		if word != wordArmed {
+		armed, note, _ := strings.Cut(word, " ")
+		w.note = note
+		if armed != wordArmed {
 			return nil, errors.Join(fmt.Errorf("the watchdog said %q instead of %q (its error is above)", word, wordArmed), w.stop())
 		}
 	}
@@ -128,7 +131,8 @@ func Watch(in io.Reader, out io.Writer, deadline time.Duration, mountpoints []st
 		return fmt.Errorf("leave the cgroup: %w", err)
 	}
 	defer leave()
-	if err := harden(); err != nil {
+	note, err := harden()
+	if err != nil {
 		return err
 	}
 	words := make(chan string)
@@ -138,7 +142,7 @@ func Watch(in io.Reader, out io.Writer, deadline time.Duration, mountpoints []st
 			words <- s.Text()
 		}
 	}()
-	fmt.Fprintln(out, wordArmed)
+	fmt.Fprintln(out, strings.TrimSpace(wordArmed+" "+note))
 	if word, ok := <-words; !ok || word != wordBegin {
 		return nil // nothing was ever frozen
 	}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"reflect"
 	"strconv"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -43,6 +42,20 @@ func mark(t testing.TB, conn *pgx.Conn, n int) {
 	t.Helper()
 	if err := load.Mark(t.Context(), conn, n); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// until waits for a condition of the real world.
+func until(t testing.TB, holds func() bool) {
+	t.Helper()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for !holds() {
+		select {
+		case <-t.Context().Done():
+			t.Fatal("ended before the condition held")
+		case <-tick.C:
+		}
 	}
 }
 
@@ -349,9 +362,7 @@ func TestBeatersOutliveABlockedServer(t *testing.T) {
 	stopped := time.Now()
 	release := stopBackends(t, conn)
 	const long = 700 * time.Millisecond
-	for l.Words.Stall(stopped, time.Time{}).Length < long {
-		runtime.Gosched()
-	}
+	until(t, func() bool { return l.Words.Stall(stopped, time.Time{}).Length >= long })
 	release()
 	before := l.Words.Count()
 	await(t, l, before+50)
@@ -375,8 +386,14 @@ func TestBeatersOutliveABlockedServer(t *testing.T) {
 	noProblem(t, judge(t, conn, promise))
 }
 
-func TestBulkStaysOpenAtItsLimit(t *testing.T) {
+func TestOnAQuietServer(t *testing.T) {
 	s := startServer(t)
+	t.Run("start reports what is missing", func(t *testing.T) { startReportsWhatIsMissing(t, s) })
+	t.Run("the same seed makes the same rows", func(t *testing.T) { createIsDeterministic(t, s) })
+	t.Run("bulk stays open at its limit", func(t *testing.T) { bulkStaysOpenAtItsLimit(t, s) })
+}
+
+func bulkStaysOpenAtItsLimit(t *testing.T, s *server) {
 	conn := s.conn(t, "postgres")
 	create(t, conn, small())
 	b := load.NewBulk(load.BulkOptions{BatchRows: 400, MaxRows: 7_000})
@@ -386,9 +403,7 @@ func TestBulkStaysOpenAtItsLimit(t *testing.T) {
 	if err := b.Await(t.Context(), 18); err != nil {
 		t.Fatal(err)
 	}
-	for !b.Paused() {
-		runtime.Gosched()
-	}
+	until(t, b.Paused)
 	var open, visible int
 	err := conn.QueryRow(t.Context(), `select (select count(*) from pg_stat_activity where state = 'idle in transaction'), (select count(*) from play.bulk)`).Scan(&open, &visible)
 	if err != nil || visible != 0 {
@@ -405,8 +420,7 @@ func TestBulkStaysOpenAtItsLimit(t *testing.T) {
 	}
 }
 
-func TestStartReportsWhatIsMissing(t *testing.T) {
-	s := startServer(t)
+func startReportsWhatIsMissing(t *testing.T, s *server) {
 	l, err := load.Start(t.Context(), s.connect("postgres"), load.All())
 	if err == nil || l != nil {
 		t.Errorf("without a play database: got %v, %v", l, err)
@@ -416,8 +430,7 @@ func TestStartReportsWhatIsMissing(t *testing.T) {
 	}
 }
 
-func TestCreateIsDeterministic(t *testing.T) {
-	s := startServer(t)
+func createIsDeterministic(t *testing.T, s *server) {
 	admin := s.conn(t, "postgres")
 	digest := func(name string, seed int64) (out string) {
 		run(t, admin, `create database `+name)

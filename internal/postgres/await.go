@@ -135,6 +135,7 @@ var hints = []struct {
 	{regexp.MustCompile(`could not locate (?:a valid|required) checkpoint record|invalid (?:primary )?checkpoint (?:record|link)`), `the image's pg_wal does not hold the WAL that recovery begins with: the backup is damaged, or pg_wal was not on the volumes`},
 	{regexp.MustCompile(`WAL ends before`), `WAL up to the end of the backup is missing: see that the archive holds it`},
 	{regexp.MustCompile(`requested timeline`), `the image and the WAL are of different timelines`},
+	{regexp.MustCompile(`directory "([^"]+)" does not exist(?s:.*)Create this directory for the tablespace`), `the cut holds a CREATE TABLESPACE after its last checkpoint, and redo looks for production's folder: create $1, empty, on this host (the copy's own is shown in its place), or take a new backup`},
 	{regexp.MustCompile(`Read-only file system`), `the server tried to write outside of the copy; redo of a CREATE TABLESPACE just before the cut does so: take a new backup`},
 	{regexp.MustCompile(`(?:directory|data directory) "([^"]+)" .*(?:wrong ownership|invalid permissions)`), `the folder $1 must belong to the copy's uid and be closed to others`},
 	{regexp.MustCompile(`could not (?:create shared memory segment|map anonymous shared memory|resize shared memory)`), `the host has too little memory for production's max_connections, max_locks_per_transaction and max_prepared_transactions`},

@@ -48,7 +48,6 @@ var rules = []rule{
 	{name: "unix_socket_group", value: "", danger: "the same", source: "pqcomm.c"},
 	{name: "bonjour", value: "off", danger: "announces the copy on the network", source: "postmaster.c"},
 	{name: "ssl", value: "off", danger: "needs key files that lie outside", source: "be-secure-openssl.c"},
-	{name: "external_pid_file", value: "", danger: "overwrites production's pid file", source: "postmaster.c"},
 	{name: "cluster_name", value: "cleancut copy", danger: "a process list or a monitoring takes the copy for production", source: "ps_status.c"},
 	{name: "logging_collector", value: "off", danger: "writes into production's log directory", source: "syslogger.c"},
 	{name: "log_destination", value: "stderr", danger: "syslog lines under production's name", source: "elog.c"},
@@ -134,6 +133,7 @@ func Isolation(c Copy, control Control) []Setting {
 		{"ident_file", filepath.Join(private, "pg_ident.conf"), "the same", "guc.c"},
 		{"unix_socket_directories", private, "production's socket is replaced", "pqcomm.c"},
 		{"port", strconv.Itoa(copyPort), "the same", "pqcomm.c"},
+		{"external_pid_file", filepath.Join(private, "external.pid"), "production's pid file is replaced", "postmaster.c; empty is no name to it"},
 		{"log_directory", filepath.Join(private, "log"), "logs in production's directory", "syslogger.c"},
 		{"shared_preload_libraries", quoteList(keep), "background workers that act by themselves", "table workers"},
 	} {

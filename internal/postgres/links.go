@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -31,15 +32,28 @@ func (c *image) placeLinks() []string {
 	return out
 }
 
-// rewriteLinks lets pg_wal and pg_tblspc/* lead to the copy's own folders.
-// What the image holds decides which links there are: a tablespace may have
-// been made or dropped between the look at the server and the cut.
+// move says where a link of production led and where the copy's leads.
+type move struct {
+	Link     string `json:"link"`     // below the data directory
+	Original string `json:"original"` // absolute, on production
+	Copy     string `json:"copy"`     // real, below the copy's root
+}
+
+// rewriteLinks lets pg_wal and pg_tblspc/* lead to the copy's own folders, and
+// records the moves for Start. What the image holds decides which links there
+// are: a tablespace may have been made or dropped between the look at the
+// server and the cut.
 func (c *image) rewriteLinks(context.Context) error {
 	if info, err := c.data.Lstat("pg_wal"); err != nil {
 		return err
 	} else if !info.IsDir() && info.Mode()&fs.ModeSymlink == 0 {
 		return fmt.Errorf("%s/pg_wal is neither a directory nor a link", c.dataPath)
 	}
+	known, err := readMoves(c.rootPath)
+	if err != nil {
+		return err
+	}
+	var moves []move
 	for _, link := range c.placeLinks() {
 		if strings.HasSuffix(link, ".tmp") { // of a run that was killed
 			if err := c.data.Remove(link); err != nil {
@@ -47,60 +61,104 @@ func (c *image) rewriteLinks(context.Context) error {
 			}
 			continue
 		}
-		target, err := c.target(link)
+		m, err := c.move(link, known)
 		if err != nil {
 			return err
 		}
-		if now, err := c.data.Readlink(link); err == nil && now == target {
-			continue
-		}
-		tmp := link + ".tmp"
-		if err := c.data.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
-		// A rename replaces the link itself, so the copy never lacks it.
-		if err := errors.Join(c.data.Symlink(target, tmp), c.data.Lchown(tmp, c.uid, c.gid), c.data.Rename(tmp, link)); err != nil {
+		moves = append(moves, m)
+	}
+	// Recorded first: a run that is killed in between finds the originals again.
+	b, err := json.Marshal(moves)
+	if err != nil {
+		return err
+	}
+	if err := c.write(c.root, movesFile, string(b)+"\n"); err != nil {
+		return err
+	}
+	for _, m := range moves {
+		if err := relink(c.data, m, c.uid, c.gid); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// target returns the real path below the root that link must lead to. A link
-// of the image that leads there already was rewritten by an earlier run.
-func (c *image) target(link string) (string, error) {
-	now, err := c.data.Readlink(link)
+const movesFile = Private + "/moves.json"
+
+// readMoves returns what Prepare recorded below root, nothing if it has not.
+func readMoves(root string) ([]move, error) {
+	b, err := os.ReadFile(filepath.Join(root, movesFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	if real, err := filepath.EvalSymlinks(filepath.Join(c.dataPath, link)); err == nil && filepath.IsAbs(now) && below(c.rootPath, real) {
-		return real, nil
+	var moves []move
+	if err := json.Unmarshal(b, &moves); err != nil {
+		return nil, fmt.Errorf("%s: %w", movesFile, err)
 	}
-	original := now
-	if !filepath.IsAbs(original) {
-		original = filepath.Join(c.plan.Server.DataDirectory, filepath.Dir(link), original)
-	}
-	for _, p := range c.plan.Places {
-		if p.Link == link {
-			original = p.Path // real; what the link says may go through others
+	for _, m := range moves {
+		if m.Copy == root || !below(root, filepath.Clean(m.Copy)) {
+			return nil, fmt.Errorf("%s names %s, out of the copy: %w", movesFile, m.Copy, backup.ErrUnsupported)
 		}
 	}
-	path, ok := c.plan.Map(filepath.Clean(original))
+	return moves, nil
+}
+
+// relink makes the link of m lead into the copy; one that does is left alone.
+// A rename replaces the link itself, so a running server never lacks it.
+func relink(data *os.Root, m move, uid, gid int) error {
+	if now, err := data.Readlink(m.Link); err == nil && now == m.Copy {
+		return nil
+	}
+	tmp := m.Link + ".tmp"
+	if err := data.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return errors.Join(data.Symlink(m.Copy, tmp), data.Lchown(tmp, uid, gid), data.Rename(tmp, m.Link))
+}
+
+// move finds where link must lead: from the manifest's place, which is a real
+// path while the link may go through others; for a tablespace made after the
+// look at the server from the link itself.
+func (c *image) move(link string, known []move) (move, error) {
+	m := move{Link: link}
+	for _, p := range c.plan.Places {
+		if p.Link == link {
+			m.Original = p.Path
+		}
+	}
+	now, err := c.data.Readlink(link)
+	if err != nil {
+		return move{}, err
+	}
+	for _, k := range known {
+		if m.Original == "" && k.Link == link && k.Copy == now { // rewritten by an earlier run
+			m.Original = k.Original
+		}
+	}
+	if m.Original == "" {
+		m.Original = now
+		if !filepath.IsAbs(now) {
+			m.Original = filepath.Join(c.plan.Server.DataDirectory, filepath.Dir(link), now)
+		}
+	}
+	path, ok := c.plan.Map(filepath.Clean(m.Original))
 	if !ok {
-		return "", backup.Hint(fmt.Errorf("%s leads to %s, which no filesystem of the backup holds: %w", link, original, backup.ErrVoid),
+		return move{}, backup.Hint(fmt.Errorf("%s leads to %s, which no filesystem of the backup holds: %w", link, m.Original, backup.ErrVoid),
 			"the tablespace was probably made after the topology was read; take a new backup")
 	}
-	real, err := filepath.EvalSymlinks(path)
-	if err != nil {
-		return "", fmt.Errorf("%s: %w", link, err)
+	if m.Copy, err = filepath.EvalSymlinks(path); err != nil {
+		return move{}, fmt.Errorf("%s: %w", link, err)
 	}
-	if real == c.rootPath || !below(c.rootPath, real) {
-		return "", fmt.Errorf("%s would lead to %s, out of the copy: %w", link, real, backup.ErrUnsupported)
+	if m.Copy == c.rootPath || !below(c.rootPath, m.Copy) {
+		return move{}, fmt.Errorf("%s would lead to %s, out of the copy: %w", link, m.Copy, backup.ErrUnsupported)
 	}
-	if info, err := os.Lstat(real); err != nil || !info.IsDir() {
-		return "", errors.Join(fmt.Errorf("%s would lead to %s, which is no directory", link, real), err)
+	if info, err := os.Lstat(m.Copy); err != nil || !info.IsDir() {
+		return move{}, errors.Join(fmt.Errorf("%s would lead to %s, which is no directory", link, m.Copy), err)
 	}
-	return real, nil
+	return m, nil
 }
 
 // holdsData reports whether an entry of the data directory is PostgreSQL's

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -33,9 +34,7 @@ type Copy struct {
 	NoAutovacuum bool
 	// Unconfined lets the server see the host's folders writable. By default
 	// a root process starts it in a mount namespace of its own in which all but
-	// Root, /dev and /proc is read-only, because redo of CREATE TABLESPACE
-	// goes to production's literal path (tblspc_redo; before 15 it even removed
-	// what it found there).
+	// Root, /dev and /proc is read-only: see confine.
 	Unconfined bool
 }
 
@@ -106,6 +105,9 @@ func Start(ctx context.Context, c Copy) (_ *Instance, err error) {
 	if err = fault.Point(ctx, "postgres.start.done"); err == nil {
 		err = inst.await(ctx, died, offset)
 	}
+	if err == nil {
+		err = inst.relink()
+	}
 	if err != nil {
 		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), killPatience)
 		defer cancel()
@@ -173,6 +175,29 @@ func (c *Copy) instance() (*Instance, []Setting, error) {
 	return inst, Isolation(*c, control), nil
 }
 
+// relink sets links right that redo of CREATE TABLESPACE made lead to
+// production's path.
+func (i *Instance) relink() error {
+	moves, err := readMoves(i.Root)
+	if err != nil {
+		return err
+	}
+	data, err := os.OpenRoot(i.DataDirectory)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = data.Close() }()
+	for _, m := range moves {
+		if _, err := data.Lstat(m.Link); errors.Is(err, fs.ErrNotExist) {
+			continue // the tablespace was dropped
+		}
+		if err := relink(data, m, int(i.UID), int(i.GID)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // openLog opens the log to append to and returns its length.
 func (i *Instance) openLog() (*os.File, int64, error) {
 	r, err := os.OpenRoot(i.SocketDir)
@@ -224,7 +249,11 @@ func (i *Instance) launch(c Copy, settings []Setting, log *os.File) (died <-chan
 	cmd.SysProcAttr.Setsid = true
 	err = onThread(func() error {
 		if !c.Unconfined && os.Geteuid() == 0 {
-			if err := confine(i.Root); err != nil {
+			moves, err := readMoves(i.Root)
+			if err != nil {
+				return err
+			}
+			if err := confine(i.Root, moves); err != nil {
 				return err
 			}
 		}

@@ -49,6 +49,9 @@ func Open(ctx context.Context, root string) (*Instance, error) {
 	if err := i.await(ctx, nil, f.LogOffset); err != nil {
 		return nil, fmt.Errorf("open the copy in %s: %w", root, err)
 	}
+	if err := i.relink(); err != nil {
+		return nil, fmt.Errorf("open the copy in %s: %w", root, err)
+	}
 	i.RecoveryTook = recoveryTook(i.readLog(f.LogOffset))
 	return i, nil
 }

@@ -109,6 +109,9 @@ func takeFrozen(ctx context.Context, prepared provider.Cut, o Options) (taken pr
 		return taken, res, err
 	}
 	defer func() { err = errors.Join(err, freezer.Close()) }()
+	if note := freezer.Note(); note != "" {
+		res.Cut.Notes = append(res.Cut.Notes, note)
+	}
 	if o.BeforeFreeze != nil {
 		if err := o.BeforeFreeze(ctx); err != nil {
 			return taken, res, err

@@ -86,7 +86,7 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 	if err := postgres.Prepare(ctx, plan); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoStart, err)
 	}
-	o.Progress("recover", "PostgreSQL "+m.Server.Version)
+	o.Progress("recover", m.Server.Version)
 	instance, err := postgres.Start(ctx, postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Installation: o.Installation})
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoStart, err)
