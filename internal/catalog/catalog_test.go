@@ -1,9 +1,7 @@
 package catalog_test
 
 import (
-	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
 	"path/filepath"

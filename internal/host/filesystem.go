@@ -87,6 +87,9 @@ func Foreign(mountpoint string, rels []string) ([]string, error) {
 		if rel == "." {
 			return nil, nil
 		}
+		if slices.ContainsFunc(rels, func(outer string) bool { return strings.HasPrefix(rel, outer+"/") }) {
+			continue // part of another place
+		}
 		for dir := path.Dir(rel); ; dir = path.Dir(dir) {
 			onTheWay[dir] = true
 			if dir == "." {

@@ -18,7 +18,7 @@ const (
 	// stopGrace is how long Stop waits for the operations under way, before
 	// it breaks the connections. A frozen filesystem blocks them for long.
 	stopGrace    = 10 * time.Second
-	closeTimeout = 5 * time.Second
+	closeTimeout = 2 * time.Second
 	awaitEvery   = 5 * time.Millisecond
 	maxSessions  = 64
 

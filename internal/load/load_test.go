@@ -116,6 +116,9 @@ func TestAServerKeepsItsPromisesUnderLoad(t *testing.T) {
 	}
 	mark(t, conn, 1)
 	await(t, l, 300)
+	if err := l.Words.Await(t.Context(), 12_000); err != nil { // several chunks of the journal
+		t.Fatal(err)
+	}
 	cut := time.Now()
 
 	promise := l.Promise(cut)
@@ -206,7 +209,7 @@ func checkJournals(t *testing.T, l *load.Load, cut time.Time) {
 }
 
 func TestACrashLosesNothingAcknowledged(t *testing.T) {
-	s := startServer(t)
+	s := startServer(t, load.HeavySettings()...)
 	facts := create(t, s.conn(t, "postgres"), small())
 	mark(t, s.conn(t, "postgres"), 1)
 	l, err := load.Start(t.Context(), s.connect("postgres"), everything())

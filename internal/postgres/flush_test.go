@@ -218,7 +218,12 @@ func TestATransactionThatPausesInsideAPageOfWALDoesNotMisleadTheFlushedRecordEnd
 	writer, conn := s.Connect(t, "postgres"), s.Connect(t, "postgres")
 	from := query(t, conn, `SELECT pg_current_wal_insert_lsn()::text`)
 	for range 5 {
-		// A record over several pages, of which the WAL writer flushes the full ones.
+		// A record over several pages, of which the WAL writer flushes the full
+		// ones. The transaction must stay open: its end asks for the rest.
+		tx, err := writer.Begin(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
 		end := query(t, writer, `SELECT pg_logical_emit_message(false, 'pause', repeat('x', 50000))::text`)
 		lsn, err := postgres.FlushedRecordEnd(t.Context(), conn)
 		if err != nil {
@@ -231,6 +236,9 @@ func TestATransactionThatPausesInsideAPageOfWALDoesNotMisleadTheFlushedRecordEnd
 		t.Logf("record ends at %s, promised %s, flushed %s", end, lsn, flushed)
 		if lsn > flushed {
 			t.Errorf("%s was not flushed, only %s", lsn, flushed)
+		}
+		if err := tx.Rollback(t.Context()); err != nil {
+			t.Fatal(err)
 		}
 		query(t, conn, `SELECT pg_logical_emit_message(true, 'end', '')::text`)
 		if !endsRecord(recordStarts(t, s, from), lsn) {
