@@ -34,7 +34,7 @@ const (
 	machine // touch the outside; never import each other
 	support // starts and checks machines for tests and mouths
 	step    // do one thing each with machines
-	flow    // flow.go joins the steps
+	flow    // joins the steps
 	mouth   // ask for a flow and print
 )
 
@@ -83,10 +83,10 @@ func wrongImport(s source, to string) string {
 		}
 		return both + ": only tests, mouths and other test support may"
 	case level == step:
-		if s.dir == "internal/flow" && (s.test || path.Base(s.path) == "flow.go") || s.test && from == mouth {
+		if s.dir == "internal/flow" || s.test && from == mouth {
 			return ""
 		}
-		return both + ": only internal/flow/flow.go joins steps; a test over several steps belongs to internal/flow"
+		return both + ": only package internal/flow joins steps; a test over several steps belongs to internal/flow"
 	case from == machine && level == machine:
 		if s.test || path.Dir(s.dir) == to { // provider/local fulfils provider
 			return ""
@@ -625,7 +625,7 @@ func rules() []rule {
 				in("internal/postgres/a.go", "cleancut/internal/postgres/pgtest", ""), in("internal/flow/cut/a.go", lab, ""), in("internal/flow/a.go", "cleancut/internal/provider/providertest", ""),
 				in("internal/lab/a.go", cut, ""), in("internal/postgres/pgtest/a.go", fl, ""),
 				in("internal/flow/cut/a.go", "cleancut/internal/flow/verify", ""), in("internal/flow/cut/a_test.go", "cleancut/internal/flow/verify", ""), in("internal/flow/cut/a.go", fl, ""),
-				in("internal/flow/backup.go", cut, ""), in("cmd/cleancut/a.go", cut, ""), in("internal/flow/flow.go", demo, ""),
+				in("cmd/cleancut/a.go", cut, ""), in("internal/flow/flow.go", demo, ""),
 				in("internal/drill/a.go", demo, ""), in("internal/demo/a.go", "cleancut/cmd/cleancut", ""),
 			},
 			[]files{

@@ -56,20 +56,23 @@ type overrides struct {
 	flags *pflag.FlagSet
 }
 
-var overridable = map[string]string{ // flag → what it overrides
-	"catalog":        "where manifests, verdicts and dumps are kept: file:///DIR (default " + defaultCatalog + ")",
-	"state":          "folder for what this host remembers: copies and locks (default " + defaultState + ")",
-	"host-name":      "name of this host in tags and records (default: the system's)",
-	"bin-dirs":       "where PostgreSQL's programs are, colon-separated (default: Debian's and PGDG's places, PATH)",
-	"dsn":            "connection string of the running server (default \"" + defaultDSN + "\")",
-	"data-directory": "data directory of the running server, instead of a dsn",
-	"provider":       "who owns the volumes: local",
-	"pool":           "pool of the local provider: a folder on XFS (reflink=1) or btrfs",
+// overridable names every flag that overrides a key, with its help.
+func overridable() map[string]string {
+	return map[string]string{
+		"catalog":        "where manifests, verdicts and dumps are kept: file:///DIR (default " + defaultCatalog + ")",
+		"state":          "folder for what this host remembers: copies and locks (default " + defaultState + ")",
+		"host-name":      "name of this host in tags and records (default: the system's)",
+		"bin-dirs":       "where PostgreSQL's programs are, colon-separated (default: Debian's and PGDG's places, PATH)",
+		"dsn":            "connection string of the running server (default \"" + defaultDSN + "\")",
+		"data-directory": "data directory of the running server, instead of a dsn",
+		"provider":       "who owns the volumes: local",
+		"pool":           "pool of the local provider: a folder on XFS (reflink=1) or btrfs",
+	}
 }
 
 func (o *overrides) register(p *pflag.FlagSet) {
 	o.flags = p
-	for name, usage := range overridable {
+	for name, usage := range overridable() {
 		p.String(name, "", usage+" [$"+variable(name)+"]")
 	}
 }

@@ -13,10 +13,3 @@ func (a *app) doctorCommand() *cobra.Command {
 		RunE:  func(c *cobra.Command, _ []string) error { return fmt.Errorf("doctor: not there yet") },
 	}
 }
-
-func (a *app) demoCommand() *cobra.Command {
-	return &cobra.Command{
-		Use: "demo", GroupID: "look", Args: exactly(0, ""), Short: "Run the whole story on this machine",
-		RunE: func(c *cobra.Command, _ []string) error { return fmt.Errorf("demo: not there yet") },
-	}
-}

@@ -97,7 +97,7 @@ and is listed (run "cleancut sweep").`,
 	root.AddGroup(&cobra.Group{ID: "look", Title: "Look:"}, &cobra.Group{ID: "main", Title: "Back up and restore:"}, &cobra.Group{ID: "care", Title: "Clean up:"})
 	root.AddCommand(a.topologyCommand(), a.doctorCommand(), a.listCommand(), a.showCommand(),
 		a.storageCommand(), a.backupCommand(), a.restoreCommand(), a.verifyCommand(), a.dumpCommand(),
-		a.deleteCommand(), a.sweepCommand(), a.thawCommand(), a.demoCommand(), a.watchdogCommand())
+		a.deleteCommand(), a.sweepCommand(), a.thawCommand(), a.demoCommand(), a.demoHostCommand(), a.watchdogCommand())
 	return root
 }
 

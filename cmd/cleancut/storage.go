@@ -9,7 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"cleancut/internal/backup"
-	"cleancut/internal/flow/storage"
+	"cleancut/internal/flow"
 	"cleancut/internal/provider/local"
 )
 
@@ -20,7 +20,7 @@ func (a *app) storageCommand() *cobra.Command {
 }
 
 func (a *app) storageCreateCommand() *cobra.Command {
-	var o storage.Options
+	var o flow.StorageOptions
 	var size, chunk, options string
 	c := &cobra.Command{
 		Use: "create NAME --mount DIR", Args: exactly(1, "a name"),
@@ -51,7 +51,7 @@ is an empty folder, it is made a pool first.`,
 				return err
 			}
 			o.Host = s.Host
-			res, err := storage.Create(c.Context(), p, o)
+			res, err := flow.CreateStorage(c.Context(), p, o)
 			if err != nil {
 				return err
 			}
@@ -75,7 +75,7 @@ is an empty folder, it is made a pool first.`,
 	return c
 }
 
-func tableFlags(c *cobra.Command, o *storage.Options) {
+func tableFlags(c *cobra.Command, o *flow.StorageOptions) {
 	c.Flags().StringVar(&o.Fstab, "fstab", "/etc/fstab", "file for the mount line")
 	c.Flags().StringVar(&o.MdadmConf, "mdadm-conf", "/etc/mdadm/mdadm.conf", "file for the array line")
 }
@@ -105,7 +105,7 @@ func (a *app) initPool(c *cobra.Command, s settings) error {
 }
 
 func (a *app) storageDestroyCommand() *cobra.Command {
-	var o storage.Options
+	var o flow.StorageOptions
 	c := &cobra.Command{
 		Use: "destroy NAME", Args: exactly(1, "a name"),
 		Short: "Unmount it, stop the array, remove the lines, detach and delete the volumes and all data on them",
@@ -119,7 +119,7 @@ func (a *app) storageDestroyCommand() *cobra.Command {
 				return err
 			}
 			o.Name, o.Host = args[0], s.Host
-			if err := storage.Destroy(c.Context(), p, o); err != nil {
+			if err := flow.DestroyStorage(c.Context(), p, o); err != nil {
 				return err
 			}
 			return a.print(map[string]any{"destroyed": o.Name}, func() { a.line("storage %s is gone", o.Name) })

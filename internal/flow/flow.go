@@ -129,14 +129,14 @@ func (f *Flow) Backup(ctx context.Context, o BackupOptions) (m backup.Manifest, 
 	if err := f.State.RecordFreeze(intent.Mounts); err != nil {
 		return m, err
 	}
-	if err := f.Catalog.PutIntent(ctx, intent); err != nil {
-		return m, err
-	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, f.undoBackup(ctx, intent))
 		}
 	}()
+	if err := f.Catalog.PutIntent(ctx, intent); err != nil {
+		return m, err
+	}
 	if m.SideFiles, err = f.keepSideFiles(ctx, m.ID, topology.NotCovered); err != nil {
 		return m, err
 	}

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"cleancut/internal/backup"
+	"cleancut/internal/catalog"
 	"cleancut/internal/flow/restore"
 	"cleancut/internal/host"
 	"cleancut/internal/provider"
@@ -67,12 +68,22 @@ type Facts struct {
 	Host      string
 	Cluster   string
 	Intents   []backup.Intent
-	Complete  map[backup.ID]bool // backups with both facts
-	Known     map[backup.ID]bool // backups with anything in the catalog
-	Copies    []backup.Copy      // ledgers of this host
-	Busy      map[string]bool    // locks that somebody holds
+	Backups   map[backup.ID]BackupState // what the catalog holds of each
+	Copies    []backup.Copy             // ledgers of this host
+	Busy      map[string]bool           // locks that somebody holds
 	Inventory provider.Inventory
 }
+
+// BackupState is what the catalog says of a backup.
+type BackupState string
+
+// The states. Doubtful is one whose records could not be read, or are damaged
+// or newer than this program: it may be a good backup and is not swept.
+const (
+	Complete   BackupState = "complete"
+	Incomplete BackupState = "incomplete"
+	Doubtful   BackupState = "doubtful"
+)
 
 // PlanSweep decides what is left over from a crash. It is pure. Nothing that a
 // running process holds the lock of is touched, nothing of another host, and
@@ -98,8 +109,10 @@ func planIntents(x Facts) []Action {
 			a.Kind, a.Why = OnlyList, "a backup of this cluster is running"
 		case i.Deletes:
 			a.Kind, a.Why = RemoveBackup, "its deletion was interrupted"
-		case x.Complete[i.ID]:
+		case x.Backups[i.ID] == Complete:
 			a.Kind, a.Why = EndIntent, "it is complete, only its intent was left"
+		case x.Backups[i.ID] == Doubtful:
+			a.Kind, a.Why = OnlyList, "its records cannot be read, so it may be a good backup: see `cleancut list`"
 		default:
 			a.Kind, a.Why = RemoveBackup, "it was interrupted before it was complete"
 		}
@@ -148,31 +161,18 @@ func strangers(x Facts) map[backup.ID]int {
 	out := map[backup.ID]int{}
 	for _, s := range x.Inventory.Snapshots {
 		id := backup.ID(s.Tags[backup.TagBackup])
-		if s.Tags[backup.TagCluster] == x.Cluster && !x.Known[id] && !intents[id] {
+		if s.Tags[backup.TagCluster] == x.Cluster && x.Backups[id] == "" && !intents[id] {
 			out[id]++
 		}
 	}
 	return out
 }
 
-// SweepFacts gathers what PlanSweep needs.
+// SweepFacts gathers what PlanSweep needs. The locks are looked at first: what
+// is running then is left alone, however far it gets meanwhile.
 func (f *Flow) SweepFacts(ctx context.Context) (x Facts, err error) {
-	x = Facts{Host: f.Host, Cluster: f.Cluster, Busy: map[string]bool{}, Complete: map[backup.ID]bool{}, Known: map[backup.ID]bool{}}
-	if x.Intents, err = f.Catalog.Intents(ctx); err != nil {
-		return x, err
-	}
-	entries, err := f.Catalog.Backups(ctx)
-	if err != nil {
-		return x, err
-	}
-	for _, e := range entries {
-		x.Known[e.ID] = true
-		x.Complete[e.ID] = e.Complete != nil && e.Err == nil
-	}
+	x = Facts{Host: f.Host, Cluster: f.Cluster, Busy: map[string]bool{}, Backups: map[backup.ID]BackupState{}}
 	if x.Copies, err = f.State.Copies(); err != nil {
-		return x, err
-	}
-	if x.Inventory, err = f.Provider.List(ctx, nil); err != nil {
 		return x, err
 	}
 	locks := []string{lockBackup(f.Cluster)}
@@ -190,7 +190,30 @@ func (f *Flow) SweepFacts(ctx context.Context) (x Facts, err error) {
 		}
 		release()
 	}
-	return x, nil
+	entries, err := f.Catalog.Backups(ctx)
+	if errors.Is(err, backup.ErrNotFound) { // no catalog yet: nothing was ever backed up to it
+		entries, err = nil, nil
+	} else if err == nil {
+		x.Intents, err = f.Catalog.Intents(ctx)
+	}
+	if err != nil {
+		return x, err
+	}
+	for _, e := range entries {
+		x.Backups[e.ID] = stateOf(e)
+	}
+	x.Inventory, err = f.Provider.List(ctx, nil)
+	return x, err
+}
+
+func stateOf(e catalog.Entry) BackupState {
+	switch {
+	case e.Err == nil && e.Complete != nil:
+		return Complete
+	case e.Err == nil || errors.Is(e.Err, backup.ErrIncomplete):
+		return Incomplete
+	}
+	return Doubtful
 }
 
 // Sweep applies a plan. It takes the lock of what it removes, so that a plan
@@ -226,6 +249,9 @@ func (f *Flow) sweepOne(ctx context.Context, a Action) error {
 	defer release()
 	switch a.Kind {
 	case RemoveBackup:
+		if e, err := f.Catalog.Backup(ctx, a.Intent.ID); !a.Intent.Deletes && err == nil && stateOf(e) == Complete {
+			return fmt.Errorf("it has become complete since the plan was made: %w", backup.ErrInUse)
+		}
 		return f.removeBackup(ctx, a.Intent)
 	case EndIntent:
 		return f.Catalog.EndIntent(ctx, a.Intent.ID)

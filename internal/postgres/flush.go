@@ -11,9 +11,11 @@ import (
 )
 
 const (
-	// walHeader is the larger of the two headers a page of WAL can have
-	// (SizeOfXLogLongPHD 40, SizeOfXLogShortPHD 24).
-	walHeader  = 40
+	// The headers of a page of WAL (xlog_internal.h: SizeOfXLogShortPHD, and
+	// SizeOfXLogLongPHD on the first page of a segment).
+	shortHeader = 24
+	longHeader  = 40
+
 	flushTries = 40
 	flushPause = 5 * time.Millisecond
 )
@@ -29,8 +31,9 @@ const (
 // XLogWrite stops at pages (src/backend/access/transam/xlog.c, 13 to 18). At
 // the end of a page a record may continue, and then recovery rightly ends
 // before it. So: a position inside a page is the end of a record; a page's end
-// is one if nothing but a page header lies between it and the insert position.
-// Else the server is asked again, for a fifth of a second.
+// is one if the insert position lies exactly behind the next page's header, and
+// not 8 bytes later, where the tail of a record fits. Else the server is asked
+// again, for a fifth of a second.
 //
 // Only if it stays there (a transaction that wrote much and pauses, wal_level
 // minimal) one empty message is written to the WAL in a transaction of its own
@@ -38,9 +41,11 @@ const (
 // after the commit. That is the only thing this package ever writes on
 // production.
 func FlushedRecordEnd(ctx context.Context, conn *pgx.Conn) (backup.LSN, error) {
-	var page uint64
-	if err := conn.QueryRow(ctx, `SELECT current_setting('wal_block_size')::bigint`).Scan(&page); err != nil {
-		return 0, fmt.Errorf("read wal_block_size: %w", err)
+	var page, segment backup.LSN
+	err := conn.QueryRow(ctx, `SELECT current_setting('wal_block_size')::bigint, setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'`).
+		Scan((*uint64)(&page), (*uint64)(&segment))
+	if err != nil {
+		return 0, fmt.Errorf("read the sizes of the WAL: %w", err)
 	}
 	tick := time.NewTicker(flushPause)
 	defer tick.Stop()
@@ -51,7 +56,11 @@ func FlushedRecordEnd(ctx context.Context, conn *pgx.Conn) (backup.LSN, error) {
 		if err := queryLSNs(ctx, conn, &flush, &insert); err != nil {
 			return 0, err
 		}
-		if uint64(flush)%page != 0 || (insert >= flush && insert-flush <= walHeader) {
+		header := backup.LSN(shortHeader)
+		if flush%segment == 0 {
+			header = longHeader
+		}
+		if flush%page != 0 || insert == flush+header {
 			return flush, nil
 		}
 		select {

@@ -112,7 +112,8 @@ func serverPID(dir string) int {
 
 // postgresBelow lists the postgres processes whose working directory, or
 // whose -D argument while they have not changed to it yet, is root or lies
-// below it.
+// below it. A process that is ending has no program any more but still holds
+// its directory and files: it is listed too.
 func postgresBelow(root string) ([]int, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
@@ -121,15 +122,24 @@ func postgresBelow(root string) ([]int, error) {
 	var out []int
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
-		if err != nil || !isPostgres(pid) {
-			continue
-		}
-		cwd, _ := os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid))
-		if below(root, strings.TrimSuffix(cwd, " (deleted)")) || below(root, dataArgument(pid)) {
+		if err == nil && (isPostgres(pid) || isEnding(pid)) && concerns(pid, root) {
 			out = append(out, pid)
 		}
 	}
 	return out, nil
+}
+
+// concerns reports whether pid works below root or is about to.
+func concerns(pid int, root string) bool {
+	cwd, _ := os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid))
+	return below(root, strings.TrimSuffix(cwd, " (deleted)")) || below(root, dataArgument(pid))
+}
+
+// isEnding reports whether pid has given up its memory and program (exit_mm)
+// but perhaps not its files (exit_files).
+func isEnding(pid int) bool {
+	_, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+	return errors.Is(err, os.ErrNotExist)
 }
 
 // dataArgument returns what follows -D on the command line of pid.

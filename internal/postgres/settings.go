@@ -55,7 +55,7 @@ func hiddenSetting(name string) bool {
 // libraries that are not loaded do not show in pg_settings, so secrets that
 // applications put there (app.jwt_secret) stay out.
 func askSettings(ctx context.Context, conn *pgx.Conn, r *Running) error {
-	rows, err := conn.Query(ctx, `SELECT name, CASE WHEN source IN ('session', 'client') THEN reset_val ELSE current_setting(name) END
+	rows, err := conn.Query(ctx, `SELECT name, CASE WHEN source IN ('session', 'client') THEN reset_val || coalesce(unit, '') ELSE current_setting(name) END
 		FROM pg_settings
 		WHERE name = ANY($1) OR (context <> 'internal' AND (
 			source NOT IN ('default', 'override', 'session', 'client') OR

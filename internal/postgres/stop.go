@@ -151,12 +151,10 @@ func endOne(ctx context.Context, root string, pid int, sig unix.Signal) error {
 		return err
 	}
 	defer h.close()
-	cwd, _ := os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid))
-	if !isPostgres(pid) || !(below(root, cwd) || below(root, dataArgument(pid))) {
-		return nil
-	}
-	if err := h.signal(sig); err != nil {
-		return err
+	if isPostgres(pid) && concerns(pid, root) {
+		if err := h.signal(sig); err != nil {
+			return err
+		}
 	}
 	_, _ = h.wait(ctx, 200*time.Millisecond) // the caller looks again
 	return nil

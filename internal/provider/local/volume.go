@@ -16,7 +16,7 @@ import (
 	"cleancut/internal/provider"
 )
 
-// extentHint is what one write allocates at least where XFS takes hints.
+// extentHint is what the first write to a place allocates on XFS, in bytes.
 const extentHint = 1 << 20
 
 // CreateVolume makes a volume. Sizes must be multiples of BlockSize, and spec
@@ -150,10 +150,12 @@ func (p *Pool) fill(ctx context.Context, v volumeInfo) error {
 			return err
 		}
 		defer func() { _ = f.Close() }()
-		// Best effort: other filesystems have no such hints, and without them
-		// the volume only gets into more extents, which Prepare counts.
-		if err := hintExtents(f, extentHint); err != nil && p.fs == fsXFS {
-			p.log.DebugContext(ctx, "no extent size hint", slog.String(keyVolume, string(v.ID)), slog.Any(keyError, err))
+		if v.From == "" && p.fs == fsXFS {
+			// Best effort: without the hint the volume only gets into more
+			// extents, and Prepare counts those.
+			if err := hintExtents(f, extentHint); err != nil {
+				p.log.DebugContext(ctx, "no extent size hint", slog.String(keyVolume, string(v.ID)), slog.Any(keyError, err))
+			}
 		}
 		if err := p.fillFile(f, v); err != nil {
 			return err

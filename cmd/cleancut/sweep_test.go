@@ -1,0 +1,149 @@
+package main_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/lab/labtest"
+)
+
+// allPoints is up to how many points a flow is stopped at each of them in
+// every way; above, error and cancel take each distinct point once.
+const allPoints = 64
+
+// flowUnderFault is one command that is stopped at every outside call.
+type flowUnderFault struct {
+	args    func(t *testing.T) []string // makes what the run needs
+	removes func(t *testing.T, o outcome)
+	stay    []string                // folders of copies that stand before the run
+	from    string                  // only the points after this one
+}
+
+// faults lists what to inject: "kill@7" and the like, by the points of a run
+// that nothing disturbed.
+func faults(points []string, from string) []string {
+	var out []string
+	seen := map[string]bool{}
+	start := 0
+	if from != "" {
+		start = slices.Index(points, from)
+	}
+	every := len(points)-start <= allPoints
+	for i := max(start, 0); i < len(points); i++ {
+		out = append(out, fmt.Sprintf("kill@%d", i+1))
+		if every || !seen[points[i]] {
+			out = append(out, fmt.Sprintf("error@%d", i+1), fmt.Sprintf("cancel@%d", i+1))
+		}
+		seen[points[i]] = true
+	}
+	return out
+}
+
+// underFaults runs the flow once to count its points, and then once for each
+// fault. After an error or a cancel nothing may be left, or exit 5 says so;
+// after a kill sweep removes all.
+func (p *production) underFaults(t *testing.T, f flowUnderFault) {
+	t.Helper()
+	o := p.must(t, f.args(t)...)
+	f.removes(t, o)
+	p.clean(t, f.stay...)
+	t.Logf("%d points", len(o.points))
+	points := o.points
+	for _, fault := range faults(points, f.from) {
+		var n int
+		action, at, _ := strings.Cut(fault, "@")
+		_, _ = fmt.Sscan(at, &n)
+		t.Run(fault+" "+points[n-1], func(t *testing.T) {
+			args := f.args(t)
+			o := p.runWith(t, []string{"CLEANCUT_FAULT=" + fault}, args...)
+			p.flows(t)
+			p.answers(t)
+			left := p.leftovers(t, f.stay...)
+			judge(t, action, n, o, left)
+			if t.Failed() {
+				t.Logf("cleancut %s, exit %d, passed %q:\n%s%s", strings.Join(args, " "), o.code, o.points, o.out, o.err)
+			}
+			if o.code == 0 {
+				f.removes(t, o)
+			}
+			p.swept(t, f.stay...)
+		})
+		if t.Failed() && testing.Verbose() && t.Context().Err() != nil {
+			return
+		}
+	}
+}
+
+// judge holds the exit code against what is left.
+func judge(t *testing.T, action string, n int, o outcome, left []string) {
+	t.Helper()
+	reached := len(o.points) >= n
+	if action == "kill" {
+		if reached && o.code != -1 {
+			t.Errorf("exit %d, want it killed", o.code)
+		}
+		return
+	}
+	switch o.code {
+	case 0:
+		if reached && action == "error" {
+			t.Error("exit 0 though a call failed")
+		}
+	case 1, 3:
+		for _, l := range left {
+			t.Errorf("exit %d, but left: %s", o.code, l)
+		}
+	case 5:
+		if len(left) == 0 {
+			t.Error("exit 5, but nothing is left")
+		}
+	default:
+		t.Errorf("exit %d", o.code)
+	}
+	if o.code != 0 && !strings.Contains(o.err, "cleancut: ") {
+		t.Errorf("no message: %q", o.err)
+	}
+}
+
+func TestEveryFlowStoppedAnywhereLeavesNothing(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	p := newProduction(t)
+	p.writer(t)
+	keeper := p.backup(t)
+	drop := func(t *testing.T, o outcome) {
+		t.Helper()
+		p.must(t, "delete", string(p.manifestOf(t, o).ID))
+	}
+	t.Run("backup", func(t *testing.T) {
+		p.underFaults(t, flowUnderFault{removes: drop, args: func(*testing.T) []string { return []string{"backup", "--json"} }})
+	})
+	root := filepath.Join(p.dir, "copy", "a")
+	undo := func(t *testing.T, _ outcome) {
+		t.Helper()
+		p.must(t, "restore", "--undo", root)
+	}
+	t.Run("restore", func(t *testing.T) {
+		p.underFaults(t, flowUnderFault{removes: undo, args: func(*testing.T) []string { return []string{"restore", string(keeper), "--to", root} }})
+	})
+	t.Run("verify", func(t *testing.T) {
+		p.underFaults(t, flowUnderFault{from: "postgres.start.done", removes: func(*testing.T, outcome) {},
+			args: func(*testing.T) []string { return []string{"verify", "--level", "start", string(keeper)} }})
+	})
+	t.Run("delete", func(t *testing.T) {
+		p.underFaults(t, flowUnderFault{removes: func(*testing.T, outcome) {},
+			args: func(t *testing.T) []string { return []string{"delete", string(p.backup(t))} }})
+	})
+	o := p.must(t, "verify", "--level", "rows", "--json", string(keeper))
+	var v backup.Verdict
+	if err := json.Unmarshal([]byte(o.out), &v); err != nil || !v.Good() {
+		t.Errorf("the backup that was there all the time: %v\n%s", err, o.out)
+	}
+	p.clean(t)
+}

@@ -1,0 +1,366 @@
+package demo
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sys/unix"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/host"
+	"cleancut/internal/load"
+)
+
+// otherHost plays the restore host: namespaces of its own for mounts, host
+// name, network and IPC, an empty state folder, and neither production's
+// filesystem nor its socket in sight. A holder process keeps the namespaces;
+// every command is the real program, run in them.
+type otherHost struct {
+	holder *exec.Cmd
+	state  string
+}
+
+// BeOtherHost is the body of the holder: it runs in the new namespaces, takes
+// the other host's name, hides production's folders and unmounts production's
+// filesystem there, says "ready" and waits for the end of its input.
+func BeOtherHost(hide []string, unmount string, in io.Reader, out io.Writer) error {
+	if err := unix.Sethostname([]byte("restore-host")); err != nil {
+		return fmt.Errorf("set the host name: %w", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	for _, dir := range hide {
+		if err := unix.Mount("tmpfs", dir, "tmpfs", 0, ""); err != nil {
+			return fmt.Errorf("hide %s: %w", dir, err)
+		}
+	}
+	if err := unix.Unmount(unmount, 0); err != nil {
+		return fmt.Errorf("unmount %s: %w", unmount, err)
+	}
+	if _, err := fmt.Fprintln(out, "ready"); err != nil {
+		return err
+	}
+	_, err := io.Copy(io.Discard, in)
+	return err
+}
+
+func (s *story) startOtherHost(ctx context.Context) error {
+	s.host.state = filepath.Join(s.work, "b")
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), s.Program, "demo-host", filepath.Join(s.work, "a"), s.server.socket, s.mnt)
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWUTS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC}
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("namespaces of the other host: %w", err)
+	}
+	s.host.holder = cmd
+	s.later("other host", func(context.Context) error { return errors.Join(in.Close(), cmd.Wait()) })
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "ready\n" {
+		return errStep("namespaces of the other host: %v: %s", err, said.String())
+	}
+	return nil
+}
+
+// cleancut runs a command of the program on the other host and decodes its
+// JSON into v.
+func (s *story) cleancut(ctx context.Context, v any, args ...string) error {
+	args = append([]string{"--target", strconv.Itoa(s.host.holder.Process.Pid), "--mount", "--uts", "--net", "--ipc", "--", s.Program, "--json",
+		"--cluster", "demo", "--catalog", "file://" + s.catalog(), "--pool", s.poolDir(), "--state", s.host.state}, args...)
+	cmd := exec.CommandContext(ctx, "nsenter", args...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	cmd.Dir = "/"
+	var out, said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &said
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("cleancut %s on the other host: %w: %s", args[len(args)-1], err, strings.TrimSpace(said.String()))
+	}
+	if v == nil {
+		return nil
+	}
+	return json.Unmarshal(out.Bytes(), v)
+}
+
+func (s *story) copyRoot() string { return filepath.Join(s.work, "copy") }
+
+// Step 13.
+func (s *story) otherHostRestores(ctx context.Context, facts map[string]any) error {
+	if err := s.startOtherHost(ctx); err != nil {
+		return err
+	}
+	// The other host sees no server to ask.
+	if err := s.cleancut(ctx, nil, "--data-directory", s.server.data, "topology"); err == nil {
+		return errStep("the other host can reach the original's server")
+	}
+	if err := s.cleancut(ctx, &s.copy, "restore", string(s.manifest.ID), "--to", s.copyRoot()); err != nil {
+		return err
+	}
+	s.later("copy", func(ctx context.Context) error { return s.cleancut(ctx, nil, "restore", "--undo", s.copyRoot()) })
+	if s.copy.Host != "restore-host" || len(s.copy.Volumes) != 4 || len(s.copy.Filesystems) != 1 {
+		return errStep("the copy is on %q with %d volumes", s.copy.Host, len(s.copy.Volumes))
+	}
+	array := s.copy.Filesystems[0].Device
+	uuid, err := host.ArrayUUID(ctx, array)
+	if err != nil {
+		return err
+	}
+	if uuid == s.storage.ArrayUUID {
+		return errStep("the copy's array has the original's identity %s", uuid)
+	}
+	facts["host"], facts["array"], facts["array_uuid"], facts["original_uuid"] = s.copy.Host, array, uuid, s.storage.ArrayUUID
+	had := s.load.Words.Count()
+	if err := s.load.Words.Await(ctx, had+1); err != nil {
+		return fmt.Errorf("the original stopped serving: %w", err)
+	}
+	facts["original_still_serving"] = true
+	return s.load.Err()
+}
+
+// Step 14.
+func (s *story) recovered(ctx context.Context, facts map[string]any) error {
+	conn, err := s.copyConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(ctx)
+	var in bool
+	var archive, listen string
+	err = conn.QueryRow(ctx, "SELECT pg_is_in_recovery(), current_setting('archive_mode'), current_setting('listen_addresses')").Scan(&in, &archive, &listen)
+	if err != nil {
+		return err
+	}
+	facts["seconds_to_first_query"], facts["end_of_recovery"], facts["flush_lsn"] = s.copy.FirstQuery, s.copy.EndOfRecovery, s.manifest.Cut.FlushLSN
+	facts["archive_mode"], facts["listen_addresses"] = archive, listen
+	switch {
+	case in:
+		return errStep("the copy is still in recovery")
+	case archive != "off" || listen != "":
+		return errStep("the copy is not isolated: archive_mode %s, listen_addresses %q", archive, listen)
+	case s.copy.EndOfRecovery < s.manifest.Cut.FlushLSN:
+		return errStep("recovery ended at %s, before the flushed %s", s.copy.EndOfRecovery, s.manifest.Cut.FlushLSN)
+	}
+	return nil
+}
+
+// copyConn connects to the copy through its private socket.
+func (s *story) copyConn(ctx context.Context) (*pgx.Conn, error) {
+	return pgx.Connect(ctx, fmt.Sprintf("host=%s port=%d user=%s dbname=postgres", s.copy.SocketDir, s.copy.Port, s.copy.Superuser))
+}
+
+// Step 15.
+func (s *story) markers(ctx context.Context, facts map[string]any) error {
+	conn, err := s.copyConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(ctx)
+	for n, want := range map[int]bool{1: true, 2: true, 3: false} {
+		row, view, err := load.Marker(ctx, conn, n)
+		if err != nil {
+			return err
+		}
+		facts[fmt.Sprintf("marker_%d", n)] = map[string]bool{"row": row, "view": view, "expected": want}
+		if row != want || view != want {
+			return errStep("marker %d: row %v, view %v, expected %v", n, row, view, want)
+		}
+	}
+	return nil
+}
+
+// Step 16.
+func (s *story) judge(ctx context.Context, facts map[string]any) error {
+	conn, err := s.copyConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(ctx)
+	if s.finding, err = load.Judge(ctx, conn, s.promise); err != nil {
+		return err
+	}
+	w, t := s.finding.Words, s.finding.Transfers
+	facts["b_acknowledged_before_cut"], facts["b_found"], facts["b_sent_in_all"], facts["b_missing"], facts["b_phantom"] = w.Acked, w.Found, s.load.Words.Sent(), w.Missing, w.Phantom
+	facts["c_acknowledged_before_cut"], facts["c_found"] = t.Acked, t.Found
+	facts["a_rows_visible"] = s.finding.BulkVisible
+	facts["sums"] = s.finding.Sums
+	if p := s.finding.Problems(); len(p) > 0 {
+		return errStep("%s", strings.Join(p, "; "))
+	}
+	if w.Acked == 0 {
+		return errStep("no row of beater B was acknowledged before the cut: nothing was proven")
+	}
+	return nil
+}
+
+// Step 17.
+func (s *story) verify(ctx context.Context, facts map[string]any) error {
+	if err := s.cleancut(ctx, &s.verdict, "verify", string(s.manifest.ID), "--level", "full"); err != nil {
+		return err
+	}
+	checks := map[string]backup.CheckResult{}
+	for _, c := range s.verdict.Checks {
+		checks[c.Name] = c.Result
+		if c.Result != backup.Passed {
+			return errStep("check %q: %s (%s)", c.Name, c.Result, c.Detail)
+		}
+	}
+	facts["verdict"], facts["checks"], facts["verify_seconds"] = s.verdict.Word(), checks, s.verdict.Seconds
+	return nil
+}
+
+// Step 18.
+func (s *story) dump(ctx context.Context, facts map[string]any) error {
+	file := filepath.Join(s.work, "dump.sql.zst")
+	var got struct {
+		Result struct {
+			SQL        int64   `json:"sql_bytes"`
+			Compressed int64   `json:"compressed_bytes"`
+			Seconds    float64 `json:"seconds"`
+		} `json:"result"`
+	}
+	if err := s.cleancut(ctx, &got, "dump", string(s.manifest.ID), "--to", file); err != nil {
+		return err
+	}
+	facts["dump_bytes"], facts["sql_bytes"], facts["dump_seconds"] = got.Result.Compressed, got.Result.SQL, got.Result.Seconds
+	empty, err := s.emptyServer(ctx)
+	if err != nil {
+		return err
+	}
+	if err := loadDump(ctx, empty, file); err != nil {
+		return err
+	}
+	a, err := s.copyConn(ctx)
+	if err != nil {
+		return err
+	}
+	defer a.Close(ctx)
+	b, err := empty.connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer b.Close(ctx)
+	fromCopy, err1 := rowCounts(ctx, a)
+	fromDump, err2 := rowCounts(ctx, b)
+	if err := errors.Join(err1, err2); err != nil {
+		return err
+	}
+	facts["counts"] = fromDump
+	if len(fromCopy) == 0 || fmt.Sprint(fromCopy) != fmt.Sprint(fromDump) {
+		return errStep("row counts differ: copy %v, restored dump %v", fromCopy, fromDump)
+	}
+	return empty.stop(ctx)
+}
+
+// emptyServer makes and starts a server with nothing in it, outside of the
+// volumes.
+func (s *story) emptyServer(ctx context.Context) (server, error) {
+	root := filepath.Join(s.pool, "empty")
+	if err := os.Mkdir(root, 0o755); err != nil {
+		return server{}, err
+	}
+	s.later("empty server", func(ctx context.Context) error { return os.RemoveAll(root) })
+	srv, err := newServer(ctx, filepath.Join(root, "data"), filepath.Join(root, "s"), []string{"--no-sync"}, []string{"fsync = off", "max_wal_size = 2GB", "shared_buffers = 128MB"})
+	if err != nil {
+		return srv, err
+	}
+	s.later("empty server", srv.stop)
+	return srv, srv.start(ctx)
+}
+
+// loadDump decompresses the archive into psql, which stops at the first error.
+// The role it connects as exists already in every cluster, so that one
+// statement of pg_dumpall is left out.
+func loadDump(ctx context.Context, srv server, file string) error {
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	z, err := zstd.NewReader(f)
+	if err != nil {
+		return err
+	}
+	defer z.Close()
+	cmd := srv.command(ctx, "psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	r := bufio.NewReaderSize(z, 1<<20)
+	copyErr := copyWithout(in, r, "CREATE ROLE postgres;\n")
+	err = errors.Join(copyErr, in.Close(), cmd.Wait())
+	if err != nil {
+		return fmt.Errorf("restore the dump: %w: %s", err, strings.TrimSpace(said.String()))
+	}
+	return nil
+}
+
+// copyWithout copies r to w, leaving out the first line that equals omit.
+func copyWithout(w io.Writer, r *bufio.Reader, omit string) error {
+	for {
+		line, err := r.ReadString('\n')
+		if line == omit {
+			break
+		}
+		if _, werr := io.WriteString(w, line); werr != nil {
+			return werr
+		}
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+	_, err := io.Copy(w, r)
+	return err
+}
+
+// rowCounts counts every user table of the database.
+func rowCounts(ctx context.Context, conn *pgx.Conn) (map[string]int64, error) {
+	rows, err := conn.Query(ctx, `SELECT quote_ident(n.nspname) || '.' || quote_ident(c.relname) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+		WHERE c.relkind = 'r' AND n.nspname NOT IN ('pg_catalog', 'information_schema') ORDER BY 1`)
+	if err != nil {
+		return nil, err
+	}
+	names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]int64{}
+	for _, name := range names {
+		var n int64
+		if err := conn.QueryRow(ctx, "SELECT count(*) FROM "+name).Scan(&n); err != nil {
+			return nil, fmt.Errorf("count %s: %w", name, err)
+		}
+		out[name] = n
+	}
+	return out, nil
+}

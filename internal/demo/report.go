@@ -1,0 +1,3 @@
+package demo
+
+func (s *story) writeReport(*Result) error { return nil }

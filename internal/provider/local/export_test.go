@@ -1,0 +1,8 @@
+package local
+
+// The parsers of the sidecars, for their fuzz tests.
+var (
+	DecodeVolume   = decodeVolume
+	DecodeSnapshot = decodeSnapshot
+	Encode         = encode
+)
