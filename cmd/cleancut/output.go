@@ -15,6 +15,7 @@ func (a *app) print(v any, text func()) error {
 		text()
 		return nil
 	}
+	a.printed = true
 	enc := json.NewEncoder(a.out)
 	enc.SetIndent("", "  ")
 	return enc.Encode(v)
@@ -23,7 +24,7 @@ func (a *app) print(v any, text func()) error {
 // printError writes an error and what to do about it.
 func (a *app) printError(err error) {
 	hint := backup.HintOf(err)
-	if a.json {
+	if a.json && !a.printed { // one object, never two
 		_ = json.NewEncoder(a.out).Encode(map[string]any{"ok": false, "error": err.Error(), "hint": hint, "exit": exitCode(err)})
 	}
 	fmt.Fprintf(a.err, "cleancut: %s\n", strings.ReplaceAll(err.Error(), "\n", "\n  "))

@@ -16,6 +16,7 @@ import (
 type app struct {
 	out, err io.Writer
 	json     bool
+	printed  bool // the one JSON object is out
 	verbose  bool
 	file     string // --config
 	name     string // --cluster
@@ -97,7 +98,7 @@ and is listed (run "cleancut sweep").`,
 	root.AddGroup(&cobra.Group{ID: "look", Title: "Look:"}, &cobra.Group{ID: "main", Title: "Back up and restore:"}, &cobra.Group{ID: "care", Title: "Clean up:"})
 	root.AddCommand(a.topologyCommand(), a.doctorCommand(), a.listCommand(), a.showCommand(),
 		a.storageCommand(), a.backupCommand(), a.restoreCommand(), a.verifyCommand(), a.dumpCommand(),
-		a.deleteCommand(), a.sweepCommand(), a.thawCommand(), a.demoCommand(), a.demoHostCommand(), a.watchdogCommand())
+		a.deleteCommand(), a.sweepCommand(), a.thawCommand(), a.demoCommand(), a.demoHostCommand(), a.watchdogCommand(), a.manCommand())
 	return root
 }
 

@@ -35,7 +35,7 @@ Exit status 4 when damage was found. A check that could not run is named as such
 				return err
 			}
 			v, err := f.Verify(c.Context(), id, l)
-			if len(v.Checks) == 0 || a.json && err != nil {
+			if len(v.Checks) == 0 {
 				return err
 			}
 			if perr := a.print(v, func() { a.verdictText(v) }); perr != nil {

@@ -39,9 +39,6 @@ func median(v []int64) int64 {
 
 // Step 22.
 func (s *story) removeAll(ctx context.Context, facts map[string]any) error {
-	if err := s.cleancut(ctx, nil, "delete", string(s.manifest.ID), "--yes"); err != nil {
-		return err
-	}
 	facts["undone"] = len(s.undo)
 	if err := s.cleanUp(ctx); err != nil {
 		return err

@@ -335,6 +335,13 @@ func (s *story) theCut(ctx context.Context, facts map[string]any) error {
 		return err
 	}
 	m := s.manifest
+	s.later("backup", func(ctx context.Context) error {
+		f, err := s.flow(ctx)
+		if err != nil {
+			return err
+		}
+		return f.Delete(ctx, m.ID)
+	})
 	s.phases = append(s.phases, phase{"backup", began, time.Now()})
 	first, last := m.Cut.Frozen[0].Called, m.Cut.Frozen[0].Thawed
 	for _, fr := range m.Cut.Frozen {

@@ -140,7 +140,7 @@ func (f *Flow) RemoveCopy(ctx context.Context, root string) (backup.Copy, error)
 
 // Verify restores a backup into a throwaway copy, checks it, removes the copy
 // and records the verdict in the catalog. Damage is an error that wraps
-// backup.ErrDamage; so is a copy that does not start.
+// backup.ErrDamage; so is an image on which the server does not recover.
 func (f *Flow) Verify(ctx context.Context, id backup.ID, level backup.Level) (v backup.Verdict, err error) {
 	start := time.Now()
 	r, release, err := f.Restore(ctx, RestoreOptions{ID: id, Purpose: backup.ForVerify})

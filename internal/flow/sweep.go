@@ -21,16 +21,9 @@ func (f *Flow) Delete(ctx context.Context, id backup.ID) error {
 		return backup.Hint(fmt.Errorf("a backup of cluster %s is running: %w", f.Cluster, err), "snapshots are not deleted around a cut; wait for it")
 	}
 	defer release()
-	entries, err := f.Catalog.Backups(ctx)
-	if err != nil {
-		return err
-	}
-	known := false
-	for _, e := range entries {
-		known = known || e.ID == id
-	}
-	if !known {
-		return backup.Hint(fmt.Errorf("backup %s: %w", id, backup.ErrNotFound), "see `cleancut list`")
+	_, err = f.Catalog.Backup(ctx, id)
+	if err != nil && !errors.Is(err, backup.ErrIncomplete) && !errors.Is(err, backup.ErrDamage) && !errors.Is(err, backup.ErrUnsupported) {
+		return err // those three are there and can be deleted
 	}
 	intent := backup.Intent{ID: id, Cluster: f.Cluster, Host: f.Host, Deletes: true, Tags: backup.Tags{backup.TagBackup: string(id), backup.TagCluster: f.Cluster}}
 	if err := f.Catalog.PutIntent(ctx, intent); err != nil && !errors.Is(err, backup.ErrExists) {

@@ -22,6 +22,9 @@ type Resolve func(ctx context.Context, device string) (backup.Volume, error)
 // or, where it is planned, ErrNotThere. A leaf that resolve does not know is
 // refused too.
 func Tree(ctx context.Context, major, minor int, resolve Resolve) (backup.Device, error) {
+	if major == 0 { // Documentation/admin-guide/devices.txt: unnamed devices
+		return backup.Device{}, fmt.Errorf("not on a block device of its own (overlay, btrfs, tmpfs, network, …; xfs and ext4 are done so far): %w", backup.ErrUnsupported)
+	}
 	link := fmt.Sprintf("/sys/dev/block/%d:%d", major, minor)
 	dir, err := filepath.EvalSymlinks(link)
 	if err != nil {

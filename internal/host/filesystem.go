@@ -8,6 +8,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -28,7 +29,34 @@ func Identify(ctx context.Context, device string) (Identity, error) {
 		return Identity{}, err
 	}
 	kv := parseExport(out)
-	return Identity{Type: kv["TYPE"], UUID: kv["UUID"], Label: kv["LABEL"]}, nil
+	return Identity{Type: kv["TYPE"], UUID: kv["UUID"], Label: unescape(kv["LABEL"])}, nil
+}
+
+// unescape undoes what blkid -o export does to a value: a backslash before
+// what a shell would read, \xHH for what cannot be printed (util-linux
+// misc-utils/blkid.c, safe_print).
+func unescape(s string) string {
+	var b strings.Builder
+	for len(s) > 0 {
+		if n, err := strconv.ParseUint(hexEscape(s), 16, 8); err == nil {
+			b.WriteByte(byte(n))
+			s = s[4:]
+			continue
+		}
+		if s[0] == '\\' && len(s) > 1 {
+			s = s[1:]
+		}
+		b.WriteByte(s[0])
+		s = s[1:]
+	}
+	return b.String()
+}
+
+func hexEscape(s string) string {
+	if len(s) < 4 || !strings.HasPrefix(s, `\x`) {
+		return ""
+	}
+	return s[2:4]
 }
 
 // CheckCuttable refuses a mount that a freeze and a snapshot of its devices
@@ -48,7 +76,8 @@ func CheckCuttable(m Mount, device string) error {
 			return fmt.Errorf("%s has an XFS device elsewhere (%s): %w", m.Mountpoint, o, backup.ErrUnsupported)
 		}
 	}
-	if slices.Contains(m.Options, "ro") {
+	// ext4 turns the filesystem, not the mount, read-only after an error.
+	if slices.Contains(m.Options, "ro") || slices.Contains(m.SuperOptions, "ro") {
 		return fmt.Errorf("%s is mounted read-only: %w", m.Mountpoint, backup.ErrUnsupported)
 	}
 	if m.Type == "ext4" {

@@ -26,8 +26,12 @@ const (
 type Freezer struct {
 	targets  []target
 	watchdog *Watchdog
+	note     string
 	begun    bool
+	held     bool // at least one filesystem was frozen
+	closed   bool
 	thawed   bool
+	thawErr  error // of the one Thaw
 }
 
 type target struct {
@@ -55,12 +59,15 @@ func Arm(ctx context.Context, argv []string, mountpoints []string, deadline time
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("arm the watchdog: %w", err), f.Close())
 	}
-	f.watchdog = wd
-	return f, fault.Point(ctx, "host.arm done")
+	f.watchdog, f.note = wd, wd.note
+	if err := fault.Point(ctx, "host.arm done"); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }
 
 // Note returns what the watchdog could not do to protect itself, or "".
-func (f *Freezer) Note() string { return f.watchdog.note }
+func (f *Freezer) Note() string { return f.note }
 
 // Sync writes out what is dirty on every filesystem (syncfs), one after the
 // other, and returns how long that took.
@@ -86,13 +93,13 @@ func (f *Freezer) Sync(ctx context.Context) (time.Duration, error) {
 // thaws those that are frozen. Any errno means "not frozen" (Linux
 // fs/super.c, freeze_super).
 func (f *Freezer) Freeze(ctx context.Context) error {
-	if f.begun {
-		return errors.New("freeze: called twice")
-	}
-	if err := f.watchdog.begin(); err != nil {
-		return fmt.Errorf("freeze: %w", err)
+	if f.begun || f.thawed || f.closed {
+		return errors.New("freeze: called twice, or after Thaw or Close")
 	}
 	f.begun = true
+	if err := f.watchdog.begin(ctx); err != nil {
+		return fmt.Errorf("freeze: %w", err)
+	}
 	for i := range f.targets {
 		t := &f.targets[i]
 		if err := errors.Join(ctx.Err(), fault.Point(ctx, "host.freeze")); err != nil {
@@ -104,7 +111,7 @@ func (f *Freezer) Freeze(ctx context.Context) error {
 		if err != nil {
 			return freezeError(t.record.Mountpoint, err)
 		}
-		t.frozen = true
+		t.frozen, f.held = true, true
 		if err := fault.Point(ctx, "host.freeze done"); err != nil {
 			return err
 		}
@@ -130,18 +137,23 @@ func freezeError(mountpoint string, err error) error {
 // watchdog whether it had to act. The error wraps backup.ErrVoid if any of
 // them was thawed by somebody else inside the window, or the watchdog fired:
 // then the snapshots do not belong together. Called twice: nothing more is
-// done and the records are returned again.
+// done, and the records and the error are returned again. Without a Freeze
+// before it there is nothing to thaw, and no Freeze comes after it.
 func (f *Freezer) Thaw() ([]backup.Frozen, error) {
-	var errs []error
-	if !f.thawed {
-		f.thawed = true
-		errs = append(errs, f.thawAll(), f.watchdog.done())
+	if !f.thawed && f.begun {
+		f.thawErr = f.thawAll()
+		err := f.watchdog.done()
+		if err != nil && f.held {
+			err = fmt.Errorf("%w: %w", err, backup.ErrVoid)
+		}
+		f.thawErr = errors.Join(f.thawErr, err)
 	}
+	f.thawed = true
 	records := make([]backup.Frozen, len(f.targets))
 	for i, t := range f.targets {
 		records[i] = t.record
 	}
-	return records, errors.Join(errs...)
+	return records, f.thawErr
 }
 
 func (f *Freezer) thawAll() error {
@@ -163,19 +175,21 @@ func (f *Freezer) thawAll() error {
 // Close thaws what is still frozen, ends the watchdog and releases what Arm
 // opened. It may be called twice.
 func (f *Freezer) Close() error {
+	if f.closed {
+		return nil
+	}
 	var errs []error
 	if f.begun && !f.thawed {
 		_, err := f.Thaw()
 		errs = append(errs, err)
 	}
+	f.closed = true
 	if f.watchdog != nil {
 		errs = append(errs, f.watchdog.stop())
-		f.watchdog = nil
 	}
 	for _, t := range f.targets {
 		_ = t.dir.Close() // a directory opened for reading has nothing to lose
 	}
-	f.targets = nil
 	return errors.Join(errs...)
 }
 

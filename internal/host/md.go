@@ -57,10 +57,21 @@ func CreateArray(ctx context.Context, spec ArraySpec) (string, error) {
 
 // AssembleArray assembles exactly these members, in slot order, under a new
 // identity, so that the copy can stand beside its original in one kernel. It
-// returns the device. Members that something else (udev) has assembled
-// already are taken over, but only if every member of what holds them is in
-// the list; else ErrNotOurs. Assembled so before: the same device again.
+// returns the device. What the members' superblocks say is held against the
+// list before anything is changed: members of several sets, a wrong slot, a
+// missing or a foreign one are ErrNotOurs, a broken superblock is the error of
+// ReadSuperblock. Members that something else (udev) has assembled already are
+// taken over, but only if every member of what holds them is in the list; else
+// ErrNotOurs. Assembled so before: the same device again. On an error nothing
+// of the list stays assembled that this call assembled.
 func AssembleArray(ctx context.Context, members []string, uuid string) (string, error) {
+	members, err := kernelNames(members)
+	if err != nil {
+		return "", err
+	}
+	if err := checkRoles(members, uuid); err != nil {
+		return "", err
+	}
 	var last error
 	for range 20 {
 		dev, err := takeOver(ctx, members, uuid)
@@ -70,10 +81,16 @@ func AssembleArray(ctx context.Context, members []string, uuid string) (string, 
 		dev, err = onFreeArray(ctx, func(dev string) error {
 			args := []string{"--assemble", dev, "--config=none", "--update=uuid", "--uuid=" + uuid}
 			_, err := Run(ctx, "mdadm", append(args, members...)...)
+			if err == nil {
+				err = checkSlots(dev, members)
+			}
+			if err != nil {
+				err = errors.Join(err, stopOurs(ctx, dev, members))
+			}
 			return err
 		})
 		if err == nil {
-			return dev, checkSlots(dev, members)
+			return dev, nil
 		}
 		if last = err; !strings.Contains(err.Error(), "busy") {
 			return "", err
@@ -84,6 +101,42 @@ func AssembleArray(ctx context.Context, members []string, uuid string) (string, 
 		}
 	}
 	return "", last
+}
+
+// checkRoles demands that every device says of itself that it is the member of
+// that slot, and that all are of one set. Some may bear the new UUID already,
+// if a run before this one was cut short.
+func checkRoles(members []string, uuid string) error {
+	var set string
+	for i, dev := range members {
+		sb, err := ReadSuperblock(dev)
+		if err != nil {
+			return fmt.Errorf("member %d: %w", i, err)
+		}
+		if sb.Role != i || sb.RaidDisks != len(members) {
+			return fmt.Errorf("%s is member %d of %d of its array, wanted is member %d of %d: %w", dev, sb.Role, sb.RaidDisks, i, len(members), backup.ErrNotOurs)
+		}
+		if of := sb.SetUUID.String(); of != uuid {
+			if set != "" && of != set {
+				return fmt.Errorf("%s is of array %s, those before it are of %s: %w", dev, of, set, backup.ErrNotOurs)
+			}
+			set = of
+		}
+	}
+	return nil
+}
+
+// stopOurs stops what a failed assembly left at dev: mdadm leaves an array
+// that lacks members standing, inactive, with those it found. One that holds
+// anything else is not touched.
+func stopOurs(ctx context.Context, dev string, members []string) error {
+	held, err := membersOf(dev)
+	if err != nil || len(held) == 0 || slices.ContainsFunc(held, func(h string) bool { return !slices.Contains(members, h) }) {
+		return nil // not there, or another's
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	return StopArray(ctx, dev)
 }
 
 // takeOver stops arrays that hold some of the members. It returns the device
@@ -104,9 +157,8 @@ func takeOver(ctx context.Context, members []string, uuid string) (string, error
 					"something assembled members of two sets together; stop "+md+" by hand and put `AUTO -all` into mdadm.conf on restore hosts")
 			}
 		}
-		out, err := Run(ctx, "mdadm", "--detail", "--export", md)
-		if err == nil && parseExport(out)["MD_UUID"] == uuid && len(held) == len(members) {
-			return md, checkSlots(md, members)
+		if now, err := ArrayUUID(ctx, md); err == nil && now == uuid && checkSlots(md, members) == nil {
+			return md, nil
 		}
 		if err := StopArray(ctx, md); err != nil {
 			return "", fmt.Errorf("take over: %w", err)
@@ -124,11 +176,11 @@ func StopArray(ctx context.Context, dev string) error {
 			return nil
 		}
 		_, err := Run(ctx, "mdadm", "--stop", "--config=none", dev)
-		if err != nil && (ctx.Err() != nil || try > 25) {
-			return fmt.Errorf("stop array: %w: %w", backup.ErrInUse, err)
+		if err == nil && try <= 25 {
+			continue // look whether it is gone, and stays so
 		}
-		if err != nil && pause(ctx, 200*time.Millisecond) != nil {
-			return fmt.Errorf("stop array: %w: %w", backup.ErrInUse, err)
+		if try > 25 || pause(ctx, 200*time.Millisecond) != nil {
+			return fmt.Errorf("stop array %s: %w: %w", dev, backup.ErrInUse, errors.Join(ctx.Err(), err))
 		}
 	}
 }
@@ -207,6 +259,20 @@ func onFreeArray(ctx context.Context, use func(dev string) error) (string, error
 		tries++
 	}
 	return "", fmt.Errorf("find a free array number: %w", err)
+}
+
+// kernelNames returns the paths under which the kernel's own lists name the
+// devices, whatever links were given.
+func kernelNames(devices []string) ([]string, error) {
+	out := make([]string, len(devices))
+	for i, d := range devices {
+		name, err := kernelName(d)
+		if err != nil {
+			return nil, err
+		}
+		out[i] = "/dev/" + name
+	}
+	return out, nil
 }
 
 func kernelName(device string) (string, error) {

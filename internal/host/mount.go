@@ -83,7 +83,8 @@ func (m Mount) AllOptions() []string {
 }
 
 // MountDevice mounts device on dir, which is made if it is missing. Mounted
-// there already from the same device: nil.
+// there already from the same device: nil. Another one mounted there: ErrInUse,
+// never on top of it.
 func MountDevice(ctx context.Context, device, dir, fstype string, options []string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("make mount point: %w", err)
@@ -99,12 +100,9 @@ func MountDevice(ctx context.Context, device, dir, fstype string, options []stri
 	return err
 }
 
+// mountedHere reports whether device is what is mounted on dir.
 func mountedHere(device, dir string) (bool, error) {
 	major, minor, err := deviceNumber(device)
-	if err != nil {
-		return false, err
-	}
-	m, err := MountOf(dir)
 	if err != nil {
 		return false, err
 	}
@@ -112,35 +110,82 @@ func mountedHere(device, dir string) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("mount point: %w", err)
 	}
-	return m.Mountpoint == real && m.Major == major && m.Minor == minor, nil
+	infos, err := mountedOn(real)
+	if err != nil {
+		return false, fmt.Errorf("mount %s: %w", device, err)
+	}
+	top := topmost(infos)
+	if top != nil && (top.Major != major || top.Minor != minor) {
+		return false, fmt.Errorf("mount %s: %s is mounted on %s: %w", device, top.Source, dir, backup.ErrInUse)
+	}
+	return top != nil, nil
 }
 
-// Unmount unmounts dir and returns when the filesystem is gone from it. Not a
-// mount point: nil. It waits out short openers (udev probing) until ctx ends;
-// then ErrInUse. Never lazy: a lazily unmounted filesystem still writes.
+// Unmount unmounts what is mounted on dir, the topmost if there are several,
+// and returns when it is gone. Not a mount point: nil. It waits out short
+// openers (udev probing) until ctx ends, five seconds at most; then ErrInUse.
+// Never lazy: a lazily unmounted filesystem still writes.
 func Unmount(ctx context.Context, dir string) error {
+	infos, err := mountedOn(dir)
+	if err != nil {
+		return fmt.Errorf("unmount %s: %w", dir, err)
+	}
+	return unmount(ctx, topmost(infos))
+}
+
+// mountedOn returns every mount on dir, in no order. It asks the kernel's list
+// and not the filesystem: one that has shut down answers no stat.
+func mountedOn(dir string) ([]*mountinfo.Info, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	if parent, err := filepath.EvalSymlinks(filepath.Dir(dir)); err == nil {
+		dir = filepath.Join(parent, filepath.Base(dir))
+	}
+	return mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) { return i.Mountpoint != dir, false })
+}
+
+// topmost returns the mount of one mount point that a path meets: nothing is
+// mounted on it there. nil for none.
+func topmost(infos []*mountinfo.Info) *mountinfo.Info {
+	for _, i := range infos {
+		if !slices.ContainsFunc(infos, func(over *mountinfo.Info) bool { return over.Parent == i.ID && over != i }) {
+			return i
+		}
+	}
+	return nil
+}
+
+// unmount takes exactly this mount away, none above or below it. nil: nothing
+// to do.
+func unmount(ctx context.Context, mount *mountinfo.Info) error {
 	if err := fault.Point(ctx, "host.umount"); err != nil {
 		return err
 	}
-	for try := 0; ; try++ {
-		is, err := mountinfo.Mounted(dir)
-		if errors.Is(err, os.ErrNotExist) || err == nil && !is {
-			return fault.Point(ctx, "host.umount done")
-		}
+	for try := 0; mount != nil; try++ {
+		infos, err := mountedOn(mount.Mountpoint)
 		if err != nil {
-			return fmt.Errorf("unmount %s: %w", dir, err)
+			return fmt.Errorf("unmount %s: %w", mount.Mountpoint, err)
 		}
-		err = unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
-		if err == nil || errors.Is(err, unix.EINVAL) {
+		if !slices.ContainsFunc(infos, func(i *mountinfo.Info) bool { return i.ID == mount.ID }) {
+			break
+		}
+		if top := topmost(infos); top.ID != mount.ID {
+			return fmt.Errorf("unmount %s of %s: %s is mounted over it: %w", mount.Source, mount.Mountpoint, top.Source, backup.ErrInUse)
+		}
+		err = unix.Unmount(mount.Mountpoint, unix.UMOUNT_NOFOLLOW)
+		if err == nil {
 			continue
 		}
 		if !errors.Is(err, unix.EBUSY) || try > 50 {
-			return fmt.Errorf("unmount %s: %w: %w", dir, backup.ErrInUse, err)
+			return fmt.Errorf("unmount %s: %w: %w", mount.Mountpoint, backup.ErrInUse, err)
 		}
-		if err := pause(ctx, 100*time.Millisecond); err != nil {
-			return fmt.Errorf("unmount %s: %w: %w", dir, backup.ErrInUse, err)
+		if perr := pause(ctx, 100*time.Millisecond); perr != nil {
+			return fmt.Errorf("unmount %s: %w: %w: %w", mount.Mountpoint, backup.ErrInUse, err, perr)
 		}
 	}
+	return fault.Point(ctx, "host.umount done")
 }
 
 func pause(ctx context.Context, d time.Duration) error {

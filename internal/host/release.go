@@ -50,6 +50,7 @@ func Release(ctx context.Context, devices []string) error {
 }
 
 func unmountAll(ctx context.Context, blocks []string) error {
+	ours := map[[2]int]bool{}
 	var dirs []string
 	for _, b := range blocks {
 		major, minor, err := deviceNumber(b)
@@ -59,6 +60,7 @@ func unmountAll(ctx context.Context, blocks []string) error {
 		if err != nil {
 			return err
 		}
+		ours[[2]int{major, minor}] = true
 		mounts, err := MountsOf(major, minor)
 		if err != nil {
 			return err
@@ -68,9 +70,17 @@ func unmountAll(ctx context.Context, blocks []string) error {
 		}
 	}
 	slices.Sort(dirs)
-	slices.Reverse(dirs) // nested ones first
-	for _, d := range dirs {
-		if err := Unmount(ctx, d); err != nil {
+	slices.Reverse(dirs)     // nested ones first
+	for _, d := range dirs { // once a mount, so that stacked ones go, too
+		infos, err := mountedOn(d)
+		if err != nil {
+			return fmt.Errorf("unmount %s: %w", d, err)
+		}
+		top := topmost(infos)
+		if top != nil && !ours[[2]int{top.Major, top.Minor}] {
+			return fmt.Errorf("unmount %s: %s is mounted over it: %w", d, top.Source, backup.ErrInUse)
+		}
+		if err := unmount(ctx, top); err != nil {
 			return err
 		}
 	}
@@ -84,7 +94,7 @@ func withPartitions(devices []string) ([]string, error) {
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, d)
+		out = append(out, "/dev/"+name)
 		parts, err := filepath.Glob(filepath.Join("/sys/class/block", name, "*/partition"))
 		if err != nil {
 			return nil, fmt.Errorf("partitions of %s: %w", d, err)
@@ -100,12 +110,12 @@ func withPartitions(devices []string) ([]string, error) {
 // to and including root.
 func RemoveEmpty(path, root string) error {
 	for path == root || strings.HasPrefix(path, root+"/") {
-		err := os.Remove(path)
-		if errors.Is(err, unix.ENOTEMPTY) {
+		err := unix.Rmdir(path) // os.Remove would take a file, too
+		if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) {
 			return nil
 		}
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
+			return fmt.Errorf("remove empty folder %s: %w", path, err)
 		}
 		path = filepath.Dir(path)
 	}

@@ -5,63 +5,110 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"syscall"
+
+	"cleancut/internal/backup"
 )
 
-// AddLine appends a line to a system table such as /etc/fstab, behind a
-// comment that marks it as ours under that name. A line of ours with the same
-// name is replaced. The file is replaced whole (rename), keeping its mode; a
-// missing file is made.
+// AddLine appends a line to a system table such as /etc/fstab, between two
+// comments that mark it as ours under that name. A line of ours with the same
+// name is replaced. The file is replaced whole (rename), keeping its mode and
+// owner; a link to it stays one; a missing file is made. A name or line that
+// is not one line: ErrUsage.
 func AddLine(file, name, line string) error {
-	return editTable(file, name, []string{marker(name), line})
+	if strings.ContainsAny(name+line, "\n\r") {
+		return fmt.Errorf("line %q of %q for %s: %w: not one line", line, name, file, backup.ErrUsage)
+	}
+	return editTable(file, name, []string{marker(name), line, endMarker(name)})
 }
 
-// RemoveLine removes the line that AddLine wrote under that name. Not there:
-// nil.
+// RemoveLine removes what AddLine wrote under that name. Not there: nil. It
+// never takes more than what stands between the two comments; where the second
+// is gone, only the first comment goes.
 func RemoveLine(file, name string) error { return editTable(file, name, nil) }
 
-func marker(name string) string { return "# cleancut storage " + name }
+func marker(name string) string    { return "# cleancut storage " + name }
+func endMarker(name string) string { return "# end of cleancut storage " + name }
 
 func editTable(file, name string, add []string) error {
+	if real, err := filepath.EvalSymlinks(file); err == nil {
+		file = real
+	}
 	old, err := os.ReadFile(file)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("edit %s: %w", file, err)
 	}
-	if errors.Is(err, os.ErrNotExist) && add == nil {
+	text := editLines(string(old), name, add)
+	if text == string(old) {
 		return nil
 	}
-	mode := os.FileMode(0o644)
-	if st, err := os.Stat(file); err == nil {
-		mode = st.Mode().Perm()
+	if err := replaceFile(file, text); err != nil {
+		return fmt.Errorf("edit %s: %w", file, err)
 	}
+	return nil
+}
+
+// editLines takes our lines out and appends the new ones. All others stay as
+// they are, but for a newline that the last one may lack.
+func editLines(old, name string, add []string) string {
 	var keep []string
-	lines := strings.Split(strings.TrimSuffix(string(old), "\n"), "\n")
+	lines := slices.Collect(strings.Lines(old))
+	is := func(line, text string) bool { return strings.TrimSuffix(line, "\n") == text }
 	for i := 0; i < len(lines); i++ {
-		if lines[i] == marker(name) {
-			i++ // and the line behind it
+		if !is(lines[i], marker(name)) {
+			keep = append(keep, lines[i])
 			continue
 		}
-		keep = append(keep, lines[i])
+		// One line is between the comments, or none if somebody deleted it.
+		for n := 1; n <= 2; n++ {
+			if i+n < len(lines) && is(lines[i+n], endMarker(name)) {
+				i += n
+				break
+			}
+		}
 	}
-	if len(keep) == 1 && keep[0] == "" {
-		keep = nil
+	text := strings.Join(keep, "")
+	if len(add) == 0 {
+		return text
 	}
-	text := strings.Join(append(keep, add...), "\n") + "\n"
-	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
-		return fmt.Errorf("edit %s: %w", file, err)
+	if text != "" && !strings.HasSuffix(text, "\n") {
+		text += "\n"
 	}
-	tmp, err := os.CreateTemp(filepath.Dir(file), ".cleancut-*")
+	return text + strings.Join(add, "\n") + "\n"
+}
+
+// replaceFile writes a file so that a crash leaves the old one or the new.
+func replaceFile(file, text string) error {
+	dir := filepath.Dir(file)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	tmp, err := os.CreateTemp(dir, ".cleancut-*")
 	if err != nil {
-		return fmt.Errorf("edit %s: %w", file, err)
+		return err
 	}
-	_, err = tmp.WriteString(text)
+	mode := os.FileMode(0o644)
+	if st, serr := os.Stat(file); serr == nil {
+		mode = st.Mode().Perm()
+		if s, ok := st.Sys().(*syscall.Stat_t); ok {
+			err = tmp.Chown(int(s.Uid), int(s.Gid))
+		}
+	}
+	if err == nil {
+		_, err = tmp.WriteString(text)
+	}
 	err = errors.Join(err, tmp.Chmod(mode), tmp.Sync(), tmp.Close())
 	if err == nil {
 		err = os.Rename(tmp.Name(), file)
 	}
 	if err != nil {
-		_ = os.Remove(tmp.Name())
-		return fmt.Errorf("edit %s: %w", file, err)
+		return errors.Join(err, os.Remove(tmp.Name()))
 	}
-	return nil
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }

@@ -57,7 +57,7 @@ func thawUntil(thawers []*thawer, over func()) {
 				last := isClosed(ended)
 				t.pass <- answer
 				err := <-answer
-				if last && errors.Is(err, unix.EINVAL) {
+				_ = last; if errors.Is(err, unix.EINVAL) {
 					return
 				}
 				if err != nil {
@@ -156,18 +156,20 @@ func leaveCgroup() (undo func(), err error) {
 		case root == "":
 			return undo, fmt.Errorf("hierarchy %q is not mounted and we are in its %s", parts[1], parts[2])
 		}
+		to := root
 		if parts[1] == "" {
 			group := filepath.Join(root, "cleancut-watchdog-"+string(pid))
-			if err := os.Mkdir(group, 0o755); err != nil {
+			// It exists if a killed watchdog had our number.
+			if err := os.Mkdir(group, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 				return undo, err
 			}
 			undo = func() {
 				_ = os.WriteFile(filepath.Join(root, "cgroup.procs"), pid, 0)
 				_ = os.Remove(group)
 			}
-			root = group
+			to = group
 		}
-		if err := os.WriteFile(filepath.Join(root, "cgroup.procs"), pid, 0); err != nil {
+		if err := os.WriteFile(filepath.Join(to, "cgroup.procs"), pid, 0); err != nil {
 			return undo, err
 		}
 	}

@@ -11,8 +11,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-
-	"cleancut/internal/backup"
 )
 
 // Watchdog is this process's end of the pipe to the process that thaws when we
@@ -21,20 +19,26 @@ type Watchdog struct {
 	cmd   *exec.Cmd
 	pipe  io.WriteCloser
 	says  chan string // lines from the watchdog; closed at its end
-	fired bool
-	note  string // what the watchdog could not do to protect itself
+	begun bool        // "freeze" was sent
+	note  string      // what the watchdog could not do to protect itself
 }
+
+// patience is how long a watchdog may take for an answer or for its end. A
+// healthy one needs milliseconds; one that is stopped or starved must not hang
+// the freezer for ever.
+const patience = 30 * time.Second
 
 // What goes over the pipes. The freezer's end of the first pipe is in nobody
 // else's hands: when it is at its end, no FIFREEZE of the freezer is running
 // any more, because the kernel closes a process's files only after its last
 // system call has returned.
 const (
-	wordBegin = "freeze"
-	wordDone  = "thawed"
-	wordArmed = "armed"
-	wordFired = "fired"
-	wordQuiet = "quiet"
+	wordBegin = "freeze" // to the watchdog: start the clock
+	wordDone  = "thawed" // to the watchdog: all is thawed
+	wordArmed = "armed"  // from the watchdog: ready, with a note perhaps
+	wordRuns  = "runs"   // from the watchdog: the clock runs
+	wordFired = "fired"  // from the watchdog: it begins to thaw
+	wordQuiet = "quiet"  // from the watchdog: it never had to
 )
 
 func startWatchdog(ctx context.Context, argv, mountpoints []string, deadline time.Duration) (*Watchdog, error) {
@@ -60,50 +64,82 @@ func startWatchdog(ctx context.Context, argv, mountpoints []string, deadline tim
 			w.says <- s.Text()
 		}
 	}()
-	select {
-	case <-ctx.Done():
-		return nil, errors.Join(ctx.Err(), w.stop())
-	case word := <-w.says:
-		armed, note, _ := strings.Cut(word, " ")
-		w.note = note
-		if armed != wordArmed {
-			return nil, errors.Join(fmt.Errorf("the watchdog said %q instead of %q (its error is above)", word, wordArmed), w.stop())
-		}
+	word, err := w.hear(ctx)
+	if err != nil {
+		return nil, errors.Join(err, w.stop())
+	}
+	armed, note, _ := strings.Cut(word, " ")
+	if w.note = note; armed != wordArmed {
+		return nil, errors.Join(fmt.Errorf("the watchdog said %q instead of %q (its error is above)", word, wordArmed), w.stop())
 	}
 	return w, nil
 }
 
-func (w *Watchdog) begin() error {
+// hear returns the next line of the watchdog, "" at its end.
+func (w *Watchdog) hear(ctx context.Context) (string, error) {
+	limit := time.NewTimer(patience)
+	defer limit.Stop()
+	select {
+	case word := <-w.says:
+		return word, nil
+	case <-ctx.Done():
+		return "", ctx.Err()
+	case <-limit.C:
+		return "", fmt.Errorf("no answer from the watchdog within %s", patience)
+	}
+}
+
+// begin starts the watchdog's clock. It returns when the watchdog has said
+// that it runs: a word written into a pipe alone says nothing of the reader,
+// which may be stopped or on its way out.
+func (w *Watchdog) begin(ctx context.Context) error {
 	if _, err := fmt.Fprintln(w.pipe, wordBegin); err != nil {
 		return fmt.Errorf("the watchdog is gone: %w", err)
 	}
-	return nil
+	w.begun = true
+	word, err := w.hear(ctx)
+	if err == nil && word != wordRuns {
+		err = fmt.Errorf("the watchdog said %q instead of %q: it is gone", word, wordRuns)
+	}
+	return err
 }
 
 // done tells the watchdog that all is thawed and asks whether it had to act.
+// The pipe is closed with it: a watchdog that fired waits for its end. Any
+// error means that the window was not guarded to its end.
 func (w *Watchdog) done() error {
 	_, err := fmt.Fprintln(w.pipe, wordDone)
-	for word := range w.says {
-		switch word {
-		case wordFired:
-			w.fired = true
-		case wordQuiet:
-			if !w.fired {
-				return nil
-			}
-		}
+	_ = w.pipe.Close()
+	word, err2 := w.hear(context.Background())
+	if word == wordRuns { // begin did not wait for it
+		word, err2 = w.hear(context.Background())
 	}
-	if w.fired {
-		return fmt.Errorf("the watchdog thawed production at its deadline: %w", backup.ErrVoid)
+	switch word {
+	case wordQuiet:
+		return nil
+	case wordFired:
+		return errors.New("the watchdog thawed production at its deadline")
 	}
-	return fmt.Errorf("the watchdog died inside the window (%w): %w", errors.Join(err, errors.New("no answer")), backup.ErrVoid)
+	return errors.Join(errors.New("the watchdog died inside the window"), err, err2)
 }
 
 // stop closes the pipe, which sets a watchdog free that was never needed, and
-// waits for its end.
+// waits for its end. One that does not end is killed if nothing was ever
+// frozen under its eyes, and else left to its work.
 func (w *Watchdog) stop() error {
 	_ = w.pipe.Close()
-	for range w.says { // until its end
+	limit := time.NewTimer(patience)
+	defer limit.Stop()
+	for open := true; open; {
+		select {
+		case _, open = <-w.says:
+		case <-limit.C:
+			if w.begun {
+				return fmt.Errorf("the watchdog (process %d) does not end: it still thaws, or hangs", w.cmd.Process.Pid)
+			}
+			_ = w.cmd.Process.Kill() // Wait tells
+			open = false
+		}
 	}
 	if err := w.cmd.Wait(); err != nil {
 		return fmt.Errorf("watchdog: %w", err)
@@ -127,10 +163,10 @@ func Watch(in io.Reader, out io.Writer, deadline time.Duration, mountpoints []st
 		return err
 	}
 	leave, err := leaveCgroup()
+	defer leave()
 	if err != nil {
 		return fmt.Errorf("leave the cgroup: %w", err)
 	}
-	defer leave()
 	note, err := harden()
 	if err != nil {
 		return err
@@ -148,6 +184,7 @@ func Watch(in io.Reader, out io.Writer, deadline time.Duration, mountpoints []st
 	}
 	clock := time.NewTimer(deadline)
 	defer clock.Stop()
+	fmt.Fprintln(out, wordRuns)
 	select {
 	case word, ok := <-words:
 		if ok && word == wordDone {

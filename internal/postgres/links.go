@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"cleancut/internal/backup"
 )
@@ -37,6 +39,9 @@ type move struct {
 	Link     string `json:"link"`     // below the data directory
 	Original string `json:"original"` // absolute, on production
 	Copy     string `json:"copy"`     // real, below the copy's root
+	// Fresh: production made the link after the image's last checkpoint began,
+	// or just before, so redo makes it again (tblspc_redo).
+	Fresh bool `json:"fresh"`
 }
 
 // rewriteLinks lets pg_wal and pg_tblspc/* lead to the copy's own folders, and
@@ -133,9 +138,14 @@ func (c *image) move(link string, known []move) (move, error) {
 	if err != nil {
 		return move{}, err
 	}
+	info, err := c.data.Lstat(link)
+	if err != nil {
+		return move{}, err
+	}
+	m.Fresh = c.control.State != ControlShutDown && info.ModTime().Add(time.Second).After(c.control.CheckpointTime)
 	for _, k := range known {
-		if m.Original == "" && k.Link == link && k.Copy == now { // rewritten by an earlier run
-			m.Original = k.Original
+		if k.Link == link && k.Copy == now { // rewritten by an earlier run
+			m.Original, m.Fresh = cmp.Or(m.Original, k.Original), k.Fresh
 		}
 	}
 	if m.Original == "" {

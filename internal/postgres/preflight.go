@@ -100,6 +100,11 @@ func notes(r Running) []Finding {
 	if r.Prepared > 0 {
 		note("", "%d prepared transactions come back in doubt and hold their locks", r.Prepared)
 	}
+	for _, t := range r.Tablespaces {
+		if t.Fresh {
+			note("run CHECKPOINT first, or wait for one", "tablespace %s is newer than the last checkpoint: recovery of this cut makes it again and may need an empty folder %s on its host", t.Name, t.Path)
+		}
+	}
 	for _, n := range r.Server.Notes {
 		note("", "%s", n)
 	}

@@ -38,6 +38,9 @@ type Tablespace struct {
 	Name string
 	Link string // relative to the data directory: pg_tblspc/16384
 	Path string // real path
+	// Fresh: made after the last checkpoint began, or just before. Recovery
+	// of a cut taken now repeats its creation.
+	Fresh bool
 }
 
 const (
@@ -203,12 +206,22 @@ func askTablespaces(ctx context.Context, conn *pgx.Conn, r *Running) error {
 	if err != nil {
 		return err
 	}
+	var checkpoint time.Time // when it began, to the second; its redo position is later
+	if err := conn.QueryRow(ctx, `SELECT checkpoint_time FROM pg_control_checkpoint()`).Scan(&checkpoint); err != nil {
+		return err
+	}
 	for i := range r.Tablespaces {
 		t := &r.Tablespaces[i]
 		t.Link = filepath.Join("pg_tblspc", strconv.FormatUint(uint64(t.OID), 10))
 		if t.Path, err = filepath.EvalSymlinks(filepath.Join(r.DataDirectory, t.Link)); err != nil {
 			return fmt.Errorf("tablespace %s: %w", t.Name, err)
 		}
+		// The link is made a moment before the record that tells of it.
+		info, err := os.Lstat(filepath.Join(r.DataDirectory, t.Link))
+		if err != nil {
+			return fmt.Errorf("tablespace %s: %w", t.Name, err)
+		}
+		t.Fresh = info.ModTime().Add(time.Second).After(checkpoint)
 	}
 	return nil
 }

@@ -53,7 +53,7 @@ func TestInspectFindsTablespacesLinkedWALAndConfigurationOutside(t *testing.T) {
 	check("data directory", r.DataDirectory, s.DataDirectory)
 	check("WAL directory", r.WALDirectory, filepath.Join(dir, "wal"))
 	check("number of tablespaces", len(r.Tablespaces), 1)
-	check("tablespace", r.Tablespaces[0], postgres.Tablespace{OID: r.Tablespaces[0].OID, Name: "far", Link: fmt.Sprintf("pg_tblspc/%d", r.Tablespaces[0].OID), Path: space})
+	check("tablespace", r.Tablespaces[0], postgres.Tablespace{OID: r.Tablespaces[0].OID, Name: "far", Link: fmt.Sprintf("pg_tblspc/%d", r.Tablespaces[0].OID), Path: space, Fresh: true})
 	check("configuration files", r.ConfigFiles, []string{filepath.Join(outside, "extra.conf"), filepath.Join(outside, "hba.conf")})
 	check("postmaster", r.Postmaster, s.PID())
 	check("superuser", r.Superuser, true)
@@ -187,6 +187,9 @@ func TestPreflightRefusesWhatMakesRecoveryUnsound(t *testing.T) {
 		{name: "no checksums", change: func(r *postgres.Running) { r.Server.DataChecksums = false }, note: "checksums"},
 		{name: "unlogged tables", change: func(r *postgres.Running) { r.Server.Unlogged = []string{"a.b.c"} }, note: "a.b.c"},
 		{name: "configuration outside", change: func(r *postgres.Running) { r.ConfigFiles = []string{"/etc/x.conf"} }, note: "/etc/x.conf"},
+		{name: "a tablespace newer than the last checkpoint", change: func(r *postgres.Running) {
+			r.Tablespaces = []postgres.Tablespace{{Name: "far", Path: "/far", Fresh: true}}
+		}, note: "folder /far"},
 		{name: "prepared transactions", change: func(r *postgres.Running) { r.Prepared = 2 }, note: "2 prepared"},
 	}
 	for _, c := range cases {

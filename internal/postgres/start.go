@@ -34,7 +34,8 @@ type Copy struct {
 	NoAutovacuum bool
 	// Unconfined lets the server see the host's folders writable. By default
 	// a root process starts it in a mount namespace of its own in which all but
-	// Root, /dev and /proc is read-only: see confine.
+	// Root, /dev and /proc is read-only, see confine; a process that is not root
+	// cannot.
 	Unconfined bool
 }
 
@@ -247,15 +248,17 @@ func (i *Instance) launch(c Copy, settings []Setting, log *os.File) (died <-chan
 	cmd.Env = i.environment()
 	cmd.SysProcAttr = childAttributes(i.credential())
 	cmd.SysProcAttr.Setsid = true
+	moves, err := readMoves(i.Root)
+	if err != nil {
+		return nil, err
+	}
 	err = onThread(func() error {
+		guard := mayRunUnconfined
 		if !c.Unconfined && os.Geteuid() == 0 {
-			moves, err := readMoves(i.Root)
-			if err != nil {
-				return err
-			}
-			if err := confine(i.Root, moves); err != nil {
-				return err
-			}
+			guard = confine
+		}
+		if err := guard(i, moves); err != nil {
+			return err
 		}
 		return cmd.Start() // the child inherits this thread's mount namespace
 	})

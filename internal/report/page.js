@@ -89,20 +89,20 @@
     ctx.save();
     ctx.font = font.replace("13px", 13 * scale + "px");
     ctx.textBaseline = "middle";
-    const labels = place(ctx, at, left, left + width, u.rows, scale);
+    const rows = rowsAt(u.width), labels = place(ctx, at, left, left + width, rows, scale);
     for (const { m, row: r } of labels) {
       const x = Math.max(left, at(m.from));
       ctx.strokeStyle = color("hue" + m.hue);
       ctx.lineWidth = 1.5 * scale;
       ctx.setLineDash(m.to > m.from ? [] : [4 * scale, 3 * scale]);
       ctx.beginPath();
-      ctx.moveTo(x, top - (u.rows - r) * row * scale + row * scale / 2);
+      ctx.moveTo(x, top - (rows - r) * row * scale + row * scale / 2);
       ctx.lineTo(x, top + height);
       ctx.stroke();
     }
     ctx.setLineDash([]);
     for (const { m, text, x, width: w, row: r } of labels) {
-      const y = top - (u.rows - r) * row * scale, h = (row - 3) * scale;
+      const y = top - (rows - r) * row * scale, h = (row - 3) * scale;
       ctx.fillStyle = color("bg");
       ctx.fillRect(x, y, w, h);
       ctx.strokeStyle = color("hue" + m.hue);
@@ -114,18 +114,25 @@
   };
 
   // steps: a value holds until the next one, and no line crosses a gap.
-  const steps = (series) => (u, _, from, to) => {
+  const steps = (series) => (u) => {
     const stroke = new Path2D(), fill = new Path2D();
     const x = (t) => u.valToPos(t, "x", true), y = (v) => u.valToPos(v, "y", true), zero = y(0);
     let pen = false;
-    for (let i = Math.max(0, from - 1); i <= Math.min(series.t.length - 1, to + 1); i++) {
-      const next = series.t[i + 1], last = next === undefined || next - series.t[i] > 1.5 * series.step;
-      const x0 = x(series.t[i]), x1 = x(last ? series.t[i] + series.step : next), h = y(series.v[i]);
-      if (pen) stroke.lineTo(x0, h); else stroke.moveTo(x0, h);
+    series.t.forEach((t, i) => {
+      const next = series.t[i + 1], last = next === undefined || next - t > 1.5 * series.step;
+      const x0 = x(t), x1 = x(last ? t + series.step : next), h = y(series.v[i]);
+      if (pen) {
+        stroke.lineTo(x0, h);
+      } else {
+        stroke.moveTo(x0, h);
+        fill.moveTo(x0, zero);
+      }
+      fill.lineTo(x0, h);
       stroke.lineTo(x1, h);
-      fill.rect(x0, h, x1 - x0, zero - h);
+      fill.lineTo(x1, h);
+      if (last) fill.lineTo(x1, zero);
       pen = !last;
-    }
+    });
     return { stroke, fill, clip: null, band: null, gaps: null, flags: 1 };
   };
 
@@ -136,9 +143,9 @@
 
   const options = (series, width) => ({
     width, height: height(width),
-    padding: [() => rowsAt(plots.width || width) * row + 8, 12, 0, 0],
+    padding: [(u) => rowsAt(u.width) * row + 8, 12, 0, 0],
     scales: {
-      x: { time: false, range: (u, min, max) => u.zoomed ? [min, max] : [0, data.end || 1] },
+      x: { time: false, range: (u, min, max) => [min, max] },
       y: { range: (u, min, max) => [Math.min(0, min || 0), max > 0 ? max * 1.08 : 1] },
     },
     axes: [
@@ -157,14 +164,19 @@
 
   const resize = (u, width) => {
     if (width < 50) return;
-    u.rows = rowsAt(width);
     u.setSize({ width, height: height(width) });
+  };
+
+  // padded adds a beginning and an end without a value, so that all plots have
+  // one time axis.
+  const padded = ({ t, v }) => {
+    const before = t[0] > 0 ? [0] : [], after = data.end > t[t.length - 1] ? [data.end] : [], none = (a) => a.map(() => null);
+    return [[...before, ...t, ...after], [...none(before), ...v, ...none(after)]];
   };
 
   const draw = (box, series) => {
     const width = Math.max(50, box.clientWidth);
-    const u = new uPlot(options(series, width), [series.t, series.v], box);
-    u.rows = rowsAt(width);
+    const u = new uPlot(options(series, width), padded(series), box);
     plots.push(u);
     new ResizeObserver(() => { if (!("print" in root.dataset) && box.clientWidth !== u.width) resize(u, box.clientWidth); }).observe(box);
   };

@@ -113,7 +113,7 @@ func (q *plot) measure() {
 	}
 	if len(apart) > 0 {
 		slices.Sort(apart)
-		q.Step = round(apart[len(apart)/2])
+		q.Step = max(round(apart[len(apart)/2]), 1e-4)
 	}
 	var missing []string
 	for i := 1; i < q.Count; i++ {

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"fmt"
 	"html/template"
-	"time"
 )
 
 // view is a Page with everything decided: what the template and page.js show
@@ -46,9 +45,7 @@ func (p Page) view() *view {
 		v.Steps = append(v.Steps, stepView{Step: s, Time: seconds(s.Seconds)})
 	}
 	from, to := span(p.Throughput, p.Marks)
-	if from.IsZero() {
-		from = time.Time{}
-	} else {
+	if !from.IsZero() {
 		v.Origin = from.UTC().Format("2006-01-02 15:04:05") + " UTC"
 	}
 	v.Plots = plots(p.Throughput, from)

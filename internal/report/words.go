@@ -43,7 +43,7 @@ func clock(s float64) string {
 		out = fmt.Sprintf("%d:%02d:%02d", h, d/time.Minute%60, d/time.Second%60)
 	}
 	if ms := d % time.Second / time.Millisecond; ms != 0 {
-		out += fmt.Sprintf(".%03d", ms)
+		out += strings.TrimRight(fmt.Sprintf(".%03d", ms), "0")
 	}
 	return out
 }

@@ -27,10 +27,13 @@ type Dir struct{ path string }
 
 // Open makes the folder if it is missing.
 func Open(path string) (*Dir, error) {
-	// Throwaway copies are mounted below; their servers' uid must pass through
-	// the folder, though not read it.
-	for sub, mode := range map[string]os.FileMode{".": 0o711, "mnt": 0o711, "copies": 0o700, "locks": 0o700} {
-		if err := os.MkdirAll(filepath.Join(path, sub), mode); err != nil {
+	// Throwaway copies are mounted below mnt; their servers' uid must pass
+	// through the folders, though not read them.
+	for _, sub := range []struct {
+		name string
+		mode os.FileMode
+	}{{".", 0o711}, {"mnt", 0o711}, {"copies", 0o700}, {"locks", 0o700}} {
+		if err := os.MkdirAll(filepath.Join(path, sub.name), sub.mode); err != nil {
 			return nil, backup.Hint(fmt.Errorf("state folder: %w", err), "run as root, or choose another folder with --state")
 		}
 	}

@@ -13,6 +13,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 
 	"cleancut/internal/backup"
@@ -20,8 +22,8 @@ import (
 	"cleancut/internal/provider"
 )
 
-// ErrNoStart: the storage of the copy stands, but the server did not start or
-// recover on it.
+// ErrNoStart: the storage of the copy stands, and the image itself kept the
+// server from recovering on it.
 var ErrNoStart = errors.New("the copy's server did not come up")
 
 // Provider is the part of provider.Provider that a restore needs.
@@ -46,8 +48,8 @@ type Options struct {
 
 // Run makes the copy and returns it with its ledger. On an error the caller
 // calls Undo with the returned ledger, which holds what was made so far. An
-// error that wraps ErrNoStart says that the image itself is at fault or this
-// host cannot run it.
+// error that wraps ErrNoStart says that the image itself is at fault; where
+// this host cannot run it the error does not.
 func Run(ctx context.Context, p Provider, o Options) (backup.Copy, *postgres.Instance, error) {
 	c, m := o.Copy, o.Manifest
 	o.Progress("snapshots", fmt.Sprintf("%d, checking", len(m.Snapshots)))
@@ -84,16 +86,33 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 	plan := postgres.Plan{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Places: m.Topology.Places,
 		Map: func(original string) (string, bool) { return inCopy(*c, m.Topology, original) }}
 	if err := postgres.Prepare(ctx, plan); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrNoStart, err)
+		return nil, blame(ctx, c.DataDirectory, err)
 	}
 	o.Progress("recover", m.Server.Version)
 	instance, err := postgres.Start(ctx, postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Installation: o.Installation})
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrNoStart, err)
+		return nil, blame(ctx, c.DataDirectory, err)
 	}
 	c.SocketDir, c.Port, c.Superuser = instance.SocketDir, instance.Port, instance.Superuser
 	c.EndOfRecovery, c.FirstQuery = instance.EndOfRecovery, instance.FirstQuery.Seconds()
 	return instance, nil
+}
+
+// blame wraps ErrNoStart around err where the image is at fault: its control
+// file cannot be read, or the server went as far as to begin recovery and then
+// ended. It writes postmaster.opts, which Prepare removed, when all that
+// concerns the host (libraries, memory, sockets) is behind it (postmaster.c,
+// CreateOptsFile before StartupDataBase).
+func blame(ctx context.Context, data string, err error) error {
+	if ctx.Err() != nil {
+		return err
+	}
+	_, control := postgres.ReadControl(filepath.Join(data, "global", "pg_control"))
+	_, began := os.Stat(filepath.Join(data, "postmaster.opts"))
+	if control != nil || began == nil {
+		return fmt.Errorf("%w: %w", ErrNoStart, err)
+	}
+	return err
 }
 
 // inCopy maps a path of the original into the copy, if one of the copy's

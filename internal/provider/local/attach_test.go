@@ -8,6 +8,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"cleancut/internal/backup"
 	"cleancut/internal/provider/local"
@@ -65,30 +68,40 @@ func TestAMountedDeviceIsNotDetachedAndTheMountIsNamed(t *testing.T) {
 func TestADeviceWithAMountedPartitionIsNotDetached(t *testing.T) {
 	p, _ := openPool(t, "xfs", 512<<20)
 	v, device := volume(t, p, "one", 64<<20)
-	table := exec.Command("sfdisk", "--quiet", device)
-	table.Stdin = strings.NewReader("label: gpt\nstart=1MiB, size=32MiB\n")
-	if out, err := table.CombinedOutput(); err != nil {
-		t.Fatalf("sfdisk: %v\n%s", err, out)
-	}
+	partition(t, device)
 	command(t, "mkfs.ext4", "-q", device+"p1")
 	dir := t.TempDir()
 	command(t, "mount", device+"p1", dir)
 	err := p.Detach(t.Context(), v.ID)
-	_, partition := p.Resolve(t.Context(), device+"p1")
+	_, foreign := p.Resolve(t.Context(), device+"p1")
 	command(t, "umount", dir)
 	if !errors.Is(err, backup.ErrInUse) || !strings.Contains(err.Error(), dir) {
 		t.Errorf("got %v, want %v that names %s", err, backup.ErrInUse, dir)
 	}
-	if !errors.Is(partition, backup.ErrNotFound) {
-		t.Errorf("the partition resolves: %v", partition)
+	if !errors.Is(foreign, backup.ErrNotFound) {
+		t.Errorf("the partition resolves: %v", foreign)
+	}
+}
+
+// partition adds one of 32 MiB after the first MiB, by BLKPG, because not every
+// kernel reads partition tables.
+func partition(t *testing.T, device string) {
+	t.Helper()
+	f, err := os.Open(device)
+	must(t, err)
+	defer func() { must(t, f.Close()) }()
+	part := unix.BlkpgPartition{Start: 1 << 20, Length: 32 << 20, Pno: 1}
+	arg := unix.BlkpgIoctlArg{Op: unix.BLKPG_ADD_PARTITION, Datalen: int32(unsafe.Sizeof(part)), Data: (*byte)(unsafe.Pointer(&part))}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), unix.BLKPG, uintptr(unsafe.Pointer(&arg))); errno != 0 {
+		t.Fatalf("add a partition to %s (BLKPG): %v", device, errno)
 	}
 }
 
 func TestAVolumeAttachedByHandInAnotherWayIsRefused(t *testing.T) {
 	p, dir := openPool(t, "xfs", 512<<20)
-	v, device := volume(t, p, "one", 16<<20)
+	v, _ := volume(t, p, "one", 16<<20)
 	must(t, p.Detach(t.Context(), v.ID))
-	device = command(t, "losetup", "--show", "--find", image(dir, v))
+	device := command(t, "losetup", "--show", "--find", image(dir, v))
 	_, err := p.Attach(t.Context(), v.ID)
 	refused(t, err, backup.ErrUnsupported, device, "losetup -d")
 	_, err = p.Prepare(t.Context(), set(v))
@@ -97,7 +110,7 @@ func TestAVolumeAttachedByHandInAnotherWayIsRefused(t *testing.T) {
 
 func TestAFileOfTheSameNameElsewhereIsNotTheVolume(t *testing.T) {
 	p, dir := openPool(t, "xfs", 512<<20)
-	v, device := volume(t, p, "one", 16<<20)
+	v, _ := volume(t, p, "one", 16<<20)
 	must(t, p.Detach(t.Context(), v.ID))
 	other := filepath.Join(t.TempDir(), filepath.Base(image(dir, v)))
 	must(t, os.WriteFile(other, make([]byte, 16<<20), 0o600))

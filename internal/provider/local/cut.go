@@ -47,7 +47,7 @@ type member struct {
 type gate struct {
 	read, write int
 	opened      sync.Once
-	take        func(m *member) // what the threads do then; nil: nothing
+	take        atomic.Pointer[func(*member)] // what the threads do then; nil: nothing
 }
 
 func newGate() (*gate, error) {
@@ -60,7 +60,9 @@ func newGate() (*gate, error) {
 
 func (g *gate) open(take func(m *member)) {
 	g.opened.Do(func() {
-		g.take = take
+		if take != nil {
+			g.take.Store(&take)
+		}
 		_ = unix.Close(g.write)
 	})
 }
@@ -134,8 +136,10 @@ func (g *gate) hold(members []*member) {
 			defer m.closeFiles()
 			ready.Done()
 			g.wait()
-			if g.take != nil {
-				g.take(m)
+			if take := g.take.Load(); take != nil {
+				(*take)(m)
+			} else {
+				m.err = errors.New("the cut was closed")
 			}
 		})
 	}

@@ -131,13 +131,30 @@ func TestWhereverTheProcessIsKilledWhatIsLeftIsListedAndTheNextOneFinishes(t *te
 		if status, ok := child.ProcessState.Sys().(syscall.WaitStatus); !ok || status.Signal() != syscall.SIGKILL {
 			t.Fatalf("kill at %d: %v\n%s", n, err, out)
 		}
-		life(t.Context(), t, p, "life")
+		// What was half made is made to its end, or taken away by its tags.
+		_, err = p.CreateVolume(t.Context(), provider.VolumeSpec{Token: "life", Size: 1 << 20, Tags: owner()})
+		must(t, err)
+		sweep(t, p)
 		files, err := filepath.Glob(filepath.Join(dir, "*s", "*"))
 		must(t, err)
 		if len(files) > 0 {
 			t.Errorf("kill at %d: left %v", n, files)
 		}
 	}
+}
+
+func sweep(t *testing.T, p *local.Pool) {
+	t.Helper()
+	inv := list(t, p)
+	for _, v := range inv.Volumes {
+		must(t, p.Detach(t.Context(), v.ID))
+		must(t, p.DeleteVolume(t.Context(), v.ID, owner()))
+	}
+	var ids []backup.SnapshotID
+	for _, s := range inv.Snapshots {
+		ids = append(ids, s.ID)
+	}
+	must(t, p.DeleteSnapshots(t.Context(), ids, owner()))
 }
 
 // TestALifeInAnotherProcess is the child of the test above; alone it does

@@ -1,0 +1,202 @@
+package main_test
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+
+	"cleancut/internal/lab/labtest"
+)
+
+// follow polls a file that the program writes until it holds text; false if
+// the program ended first.
+func follow(file, text string, ended <-chan struct{}) bool {
+	tick := time.NewTicker(200 * time.Microsecond)
+	defer tick.Stop()
+	for {
+		if b, err := os.ReadFile(file); err == nil && strings.Contains(string(b), text) {
+			return true
+		}
+		select {
+		case <-ended:
+			return false
+		case <-tick.C:
+		}
+	}
+}
+
+// stopped runs the program and calls stop when its log or its progress shows
+// text. It reports whether that was reached.
+func (l *lab) stopped(t *testing.T, text string, attributes *syscall.SysProcAttr, stop func(cmd *exec.Cmd), args ...string) (outcome, bool) {
+	t.Helper()
+	cmd, result := l.command(t, nil, args...)
+	cmd.SysProcAttr = attributes
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() { defer close(ended); _ = cmd.Wait() }()
+	file := cmd.Stderr.(*os.File).Name()
+	if _, err := os.Stat(cmd.Stderr.(*os.File).Name()); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.HasPrefix(text, "  ") { // a fault point
+		file = strings.TrimSuffix(file, ".err") + ".log"
+	}
+	reached := follow(file, text, ended)
+	if reached {
+		stop(cmd)
+	}
+	select {
+	case <-ended:
+	case <-time.After(patience):
+		kill(cmd)
+		t.Fatalf("%q did not end within %s", args, patience)
+	}
+	return result(), reached
+}
+
+func TestSIGINTAndSIGTERMInEveryPhaseLeaveNothing(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	p := newProduction(t)
+	p.writer(t)
+	id := string(p.backup(t))
+	root := filepath.Join(p.dir, "copy", "a")
+	for _, c := range []struct {
+		args   []string
+		phases []string
+	}{
+		{[]string{"backup"}, []string{"discover", "cut", "manifest", "complete"}},
+		{[]string{"restore", id, "--to", root}, []string{"snapshots", "volumes", "devices", "mount", "recover"}},
+		{[]string{"verify", "--level", "full", id}, []string{"volumes", "recover", "check", "undo"}},
+		{[]string{"dump", id}, []string{"mount", "dump"}},
+		{[]string{"dump", id, "--to", filepath.Join(p.dir, "out.zst")}, []string{"dump"}},
+	} {
+		for _, phase := range c.phases {
+			for _, s := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM} {
+				t.Run(strings.Join([]string{c.args[0], phase, s.String()}, " "), func(t *testing.T) {
+					o, reached := p.stopped(t, "  "+phase+" ", nil, func(cmd *exec.Cmd) { _ = cmd.Process.Signal(s) }, c.args...)
+					if !reached {
+						t.Errorf("phase %s was not reached: exit %d\n%s", phase, o.code, o.err)
+					}
+					if o.code != 0 && o.code != 1 && o.code != 3 {
+						t.Errorf("exit %d, want 1 (or 3, or 0 if it was done)\n%s", o.code, o.err)
+					}
+					if o.code != 0 && (!strings.Contains(o.err, "stopping and undoing") || !strings.Contains(o.err, "context canceled")) {
+						t.Errorf("the message does not say that it was interrupted:\n%s", o.err)
+					}
+					if o.code == 0 && c.args[0] == "restore" {
+						p.must(t, "restore", "--undo", root)
+					}
+					p.clean(t)
+					if files, _ := filepath.Glob(filepath.Join(p.dir, ".cleancut-*")); len(files) > 0 {
+						t.Errorf("left: %q", files)
+					}
+					if _, err := os.Stat(filepath.Join(p.dir, "out.zst")); err == nil && o.code != 0 {
+						t.Error("a dump that was interrupted has its final name")
+					}
+					_ = os.Remove(filepath.Join(p.dir, "out.zst"))
+				})
+			}
+		}
+	}
+}
+
+// frozenAndStopped runs a backup and halts it (SIGSTOP) while it holds the
+// filesystems frozen; the moment is short, so it takes a few tries.
+func (p *production) killedWhileFrozen(t *testing.T, attributes func() *syscall.SysProcAttr, killAll func(cmd *exec.Cmd)) {
+	t.Helper()
+	for range 20 {
+		frozen := false
+		o, _ := p.stopped(t, "host.freeze done", attributes(), func(cmd *exec.Cmd) {
+			_ = cmd.Process.Signal(syscall.SIGSTOP)
+			log, _ := os.ReadFile(strings.TrimSuffix(cmd.Stderr.(*os.File).Name(), ".err") + ".log")
+			points := pointsIn(string(log))
+			// With the freezes behind it and nothing after the clones it has not thawed.
+			frozen = points[len(points)-1] == "host.freeze done" || points[len(points)-1] == "host.freeze" || points[len(points)-1] == "local.clone"
+			killAll(cmd)
+		}, "backup")
+		p.flows(t)
+		p.answers(t)
+		if o.code != -1 {
+			t.Errorf("exit %d, want it killed\n%s", o.code, o.err)
+		}
+		p.swept(t)
+		if frozen {
+			return
+		}
+	}
+	t.Error("it was never caught while it froze")
+}
+
+func TestWhoeverKillsABackupThatFreezesProductionIsThawed(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	p := newProduction(t)
+	p.writer(t)
+	t.Run("the process alone", func(t *testing.T) {
+		p.killedWhileFrozen(t, func() *syscall.SysProcAttr { return nil }, kill)
+	})
+	t.Run("its process group", func(t *testing.T) {
+		p.killedWhileFrozen(t, func() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setpgid: true} },
+			func(cmd *exec.Cmd) { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
+	})
+	t.Run("its session's other members too", func(t *testing.T) {
+		p.killedWhileFrozen(t, func() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setsid: true} },
+			func(cmd *exec.Cmd) { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
+	})
+	t.Run("its cgroup", func(t *testing.T) {
+		group := newCgroup(t)
+		p.killedWhileFrozen(t, func() *syscall.SysProcAttr {
+			return &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(group.Fd())}
+		}, func(*exec.Cmd) {
+			if err := os.WriteFile(filepath.Join(group.Name(), "cgroup.kill"), []byte("1"), 0); err != nil {
+				t.Error(err)
+			}
+		})
+	})
+}
+
+// newCgroup makes a group in the unified hierarchy, which is mounted if it is
+// not.
+func newCgroup(t *testing.T) *os.File {
+	t.Helper()
+	infos, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var root string
+	if i := slices.IndexFunc(infos, func(i *mountinfo.Info) bool { return i.Root == "/" }); i >= 0 {
+		root = infos[i].Mountpoint
+	} else {
+		root = filepath.Join(labtest.Folder(t), "cgroup")
+		if err := os.Mkdir(root, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Mount("none", root, "cgroup2", 0, ""); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = syscall.Unmount(root, 0) })
+	}
+	dir := filepath.Join(root, "cleancut-test-"+filepath.Base(t.TempDir())+strings.ReplaceAll(filepath.Base(labtest.Folder(t)), "cct-", ""))
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Remove(dir) })
+	f, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = f.Close() })
+	return f
+}
