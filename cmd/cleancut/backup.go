@@ -30,6 +30,9 @@ are deleted.`,
 			if o.Mode, err = backupMode(mode); err != nil {
 				return err
 			}
+			if o.Deadline <= 0 || o.Quick <= 0 || o.Rounds < 1 {
+				return fmt.Errorf("%w: --deadline, --max-sync and --sync-rounds must be above zero", backup.ErrUsage)
+			}
 			f, s, err := a.flow(c.Context())
 			if err != nil {
 				return err
@@ -67,9 +70,9 @@ func backupMode(mode string) (backup.Mode, error) {
 	case backup.ModeAuto, backup.ModeFreeze:
 		return backup.ModeFreeze, nil // auto: no provider so far has a group
 	case backup.ModeGroup:
-		return "", backup.Hint(fmt.Errorf("mode group: the local provider cannot cut several volumes at one instant by itself: %w", backup.ErrUnsupported), "use --mode freeze")
+		return "", backup.Hint(fmt.Errorf("%w: mode group: the local provider cannot cut several volumes at one instant by itself: %w", backup.ErrUsage, backup.ErrUnsupported), "use --mode freeze")
 	case backup.ModeBracketed:
-		return "", fmt.Errorf("mode bracketed: %w", backup.ErrNotThere)
+		return "", fmt.Errorf("%w: mode bracketed: %w", backup.ErrUsage, backup.ErrNotThere)
 	}
 	return "", fmt.Errorf("%w: mode %q: auto, group, freeze or bracketed", backup.ErrUsage, mode)
 }

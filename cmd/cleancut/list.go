@@ -119,9 +119,24 @@ func (a *app) showCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.print(map[string]any{"manifest": e.Manifest, "complete": e.Complete, "verdicts": e.Verdicts, "dumps": e.Dumps}, func() { a.showText(e) })
+			return a.print(map[string]any{"manifest": e.Manifest, "complete": e.Complete, "verdicts": e.Verdicts, "dumps": shownDumps(e.Dumps)}, func() { a.showText(e) })
 		},
 	}
+}
+
+// shownDump is a dump in the JSON of show.
+type shownDump struct {
+	Name     string       `json:"name"`
+	Size     backup.Bytes `json:"size"`
+	Modified time.Time    `json:"modified"`
+}
+
+func shownDumps(dumps []catalog.Dump) []shownDump {
+	out := []shownDump{}
+	for _, d := range dumps {
+		out = append(out, shownDump(d))
+	}
+	return out
 }
 
 func (a *app) showText(e catalog.Entry) {

@@ -12,7 +12,7 @@ import (
 func (a *app) restoreCommand() *cobra.Command {
 	var to, undo, target string
 	c := &cobra.Command{
-		Use: "restore ID --to DIR", GroupID: "main", Args: cobra.MaximumNArgs(1),
+		Use: "restore ID --to DIR", GroupID: "main", Args: cobra.ArbitraryArgs, // looked at below
 		Short: "Make a running, isolated copy of a backup that stays",
 		Long: `Make a copy of a backup: new volumes from its snapshots, assembled under a new
 identity, mounted below DIR, recovered by PostgreSQL, isolated from production
@@ -30,6 +30,13 @@ The copy stays until "cleancut restore --undo DIR".`,
 			case target != "end":
 				return fmt.Errorf("recovery target %q: %w", target, backup.ErrNotThere)
 			}
+			var id backup.ID
+			var err error
+			if undo == "" {
+				if id, err = backup.ParseID(args[0]); err != nil {
+					return err
+				}
+			}
 			f, _, err := a.flow(c.Context())
 			if err != nil {
 				return err
@@ -40,10 +47,6 @@ The copy stays until "cleancut restore --undo DIR".`,
 					return err
 				}
 				return a.print(removed, func() { a.line("copy %s at %s is removed", removed.ID, removed.Root) })
-			}
-			id, err := backup.ParseID(args[0])
-			if err != nil {
-				return err
 			}
 			r, release, err := f.Restore(c.Context(), flow.RestoreOptions{ID: id, Root: to, Purpose: backup.ForRestore})
 			if err != nil {

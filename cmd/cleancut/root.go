@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 
@@ -75,6 +76,8 @@ SQL dump.
 Exit status: 0 done; 1 failed, nothing left behind; 2 usage or configuration;
 3 the cut was void; 4 verification found damage; 5 something was left behind
 and is listed (run "cleancut sweep").`,
+		Args:          known("see `cleancut --help`"),
+		RunE:          func(c *cobra.Command, _ []string) error { return c.Help() },
 		Version:       version,
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -100,6 +103,16 @@ and is listed (run "cleancut sweep").`,
 		a.storageCommand(), a.backupCommand(), a.restoreCommand(), a.verifyCommand(), a.dumpCommand(),
 		a.deleteCommand(), a.sweepCommand(), a.thawCommand(), a.demoCommand(), a.demoHostCommand(), a.watchdogCommand(), a.manCommand())
 	return root
+}
+
+// known refuses what is none of a command's sub-commands.
+func known(hint string) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if len(args) == 0 {
+			return nil
+		}
+		return backup.Hint(fmt.Errorf("%w: unknown command %q for %q", backup.ErrUsage, args[0], c.CommandPath()), hint)
+	}
 }
 
 // exactly demands n arguments and says so as a usage error.

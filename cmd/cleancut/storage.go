@@ -14,7 +14,11 @@ import (
 )
 
 func (a *app) storageCommand() *cobra.Command {
-	c := &cobra.Command{Use: "storage", GroupID: "main", Short: "Make or remove the striped storage of a cluster"}
+	hint := "it is `cleancut storage create` or `cleancut storage destroy`"
+	c := &cobra.Command{Use: "storage", GroupID: "main", Short: "Make or remove the striped storage of a cluster", Args: known(hint),
+		RunE: func(*cobra.Command, []string) error {
+			return backup.Hint(fmt.Errorf("%w: storage wants to know what to do", backup.ErrUsage), hint)
+		}}
 	c.AddCommand(a.storageCreateCommand(), a.storageDestroyCommand())
 	return c
 }

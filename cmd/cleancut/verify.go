@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"cleancut/internal/backup"
+	"cleancut/internal/flow"
 )
 
 func (a *app) verifyCommand() *cobra.Command {
@@ -34,7 +35,7 @@ Exit status 4 when damage was found. A check that could not run is named as such
 			if err != nil {
 				return err
 			}
-			v, err := f.Verify(c.Context(), id, l)
+			v, err := f.Verify(c.Context(), flow.VerifyOptions{ID: id, Level: l})
 			if len(v.Checks) == 0 {
 				return err
 			}

@@ -7,9 +7,6 @@ import (
 
 // Step 21.
 func (s *story) figures(_ context.Context, facts map[string]any) error {
-	if _, err := s.load.Stop(); err != nil {
-		return err
-	}
 	sum := s.load.Summary()
 	var before, during []int64
 	for _, p := range s.load.Series() {

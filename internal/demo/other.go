@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/klauspost/compress/zstd"
@@ -115,10 +116,12 @@ func (s *story) otherHostRestores(ctx context.Context, facts map[string]any) err
 	if err := s.cleancut(ctx, nil, "--data-directory", s.server.data, "topology"); err == nil {
 		return errStep("the other host can reach the original's server")
 	}
+	began := time.Now()
 	if err := s.cleancut(ctx, &s.copy, "restore", string(s.manifest.ID), "--to", s.copyRoot()); err != nil {
 		return err
 	}
 	s.later("copy", func(ctx context.Context) error { return s.cleancut(ctx, nil, "restore", "--undo", s.copyRoot()) })
+	s.phases = append(s.phases, phase{"restore", began, time.Now()})
 	if s.copy.Host != "restore-host" || len(s.copy.Volumes) != 4 || len(s.copy.Filesystems) != 1 {
 		return errStep("the copy is on %q with %d volumes", s.copy.Host, len(s.copy.Volumes))
 	}
@@ -162,7 +165,9 @@ func (s *story) recovered(ctx context.Context, facts map[string]any) error {
 	case s.copy.EndOfRecovery < s.manifest.Cut.FlushLSN:
 		return errStep("recovery ended at %s, before the flushed %s", s.copy.EndOfRecovery, s.manifest.Cut.FlushLSN)
 	}
-	return nil
+	// Production was seen serving beside its copy; its load ends here.
+	_, err = s.load.Stop()
+	return err
 }
 
 // copyConn connects to the copy through its private socket.

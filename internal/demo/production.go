@@ -229,7 +229,7 @@ func (s *story) connect(ctx context.Context) (*pgx.Conn, error) { return s.serve
 // Step 6.
 func (s *story) startBulk(ctx context.Context, facts map[string]any) error {
 	which := load.All()
-	which.Bulk.MaxBytes = 200 << 20
+	which.Bulk.MaxBytes = 64 << 20
 	which.Churn.SwitchEvery = 20 * time.Second
 	s.began = time.Now()
 	var err error
@@ -298,6 +298,7 @@ func (s *story) backupBegins(ctx context.Context, facts map[string]any) error {
 				return ctx.Err()
 			}
 		}}
+	s.backupBegan = time.Now()
 	go func() {
 		var err error
 		s.manifest, err = f.Backup(ctx, o)
@@ -329,7 +330,6 @@ func (s *story) flow(ctx context.Context) (*flow.Flow, error) {
 
 // Step 11.
 func (s *story) theCut(ctx context.Context, facts map[string]any) error {
-	began := time.Now()
 	close(s.cutGo)
 	if err := <-s.backupRun; err != nil {
 		return err
@@ -342,7 +342,7 @@ func (s *story) theCut(ctx context.Context, facts map[string]any) error {
 		}
 		return f.Delete(ctx, m.ID)
 	})
-	s.phases = append(s.phases, phase{"backup", began, time.Now()})
+	s.phases = append(s.phases, phase{"backup", s.backupBegan, time.Now()})
 	first, last := m.Cut.Frozen[0].Called, m.Cut.Frozen[0].Thawed
 	for _, fr := range m.Cut.Frozen {
 		if fr.Thawed.After(last) {

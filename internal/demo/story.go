@@ -70,12 +70,13 @@ type story struct {
 	load  *load.Load
 	began time.Time
 
-	manifest  backup.Manifest
-	backupRun chan error
-	cutReady  chan struct{}
-	cutGo     chan struct{}
-	promise   load.Promise
-	stall     load.Stall
+	manifest    backup.Manifest
+	backupBegan time.Time
+	backupRun   chan error
+	cutReady    chan struct{}
+	cutGo       chan struct{}
+	promise     load.Promise
+	stall       load.Stall
 
 	host    otherHost
 	copy    backup.Copy

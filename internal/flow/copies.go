@@ -138,23 +138,43 @@ func (f *Flow) RemoveCopy(ctx context.Context, root string) (backup.Copy, error)
 	return backup.Copy{}, errors.Join(backup.Hint(fmt.Errorf("no copy at %s: %w", abs, backup.ErrNotFound), "`cleancut sweep --dry-run` lists what stands on this host"), err)
 }
 
+// VerifyOptions says what to verify and how deep.
+type VerifyOptions struct {
+	ID    backup.ID
+	Level backup.Level
+	// AllowTorn verifies what the drill cut without protection. No command sets it.
+	AllowTorn bool
+	// Look runs on the recovered copy before the checks; it may be nil. An
+	// error of it is a failed check.
+	Look func(ctx context.Context, r Restored) error
+}
+
 // Verify restores a backup into a throwaway copy, checks it, removes the copy
 // and records the verdict in the catalog. Damage is an error that wraps
-// backup.ErrDamage; so is an image on which the server does not recover.
-func (f *Flow) Verify(ctx context.Context, id backup.ID, level backup.Level) (v backup.Verdict, err error) {
+// backup.ErrDamage; so is an image that cannot be mounted or does not recover.
+// What this host lacks to judge it is an error and no verdict.
+func (f *Flow) Verify(ctx context.Context, o VerifyOptions) (v backup.Verdict, err error) {
+	id, level := o.ID, o.Level
 	start := time.Now()
-	r, release, err := f.Restore(ctx, RestoreOptions{ID: id, Purpose: backup.ForVerify})
+	r, release, err := f.Restore(ctx, RestoreOptions{ID: id, Purpose: backup.ForVerify, AllowTorn: o.AllowTorn})
 	switch {
-	case errors.Is(err, restore.ErrNoStart) && ctx.Err() == nil:
+	case errors.Is(err, restore.ErrNoStart) && !errors.Is(err, backup.ErrLeft) && ctx.Err() == nil:
 		v = backup.Verdict{Backup: id, Level: level, Time: start.UTC(), Checks: []backup.Check{{Name: "recovered", Result: backup.Failed, Detail: err.Error()}}}
 	case err != nil:
 		return v, err
 	default:
 		defer release()
+		var looked error
+		if o.Look != nil {
+			looked = o.Look(ctx, r)
+		}
 		v, err = verify.Run(ctx, verify.Options{Copy: r.Copy, Manifest: r.Manifest, Instance: r.Instance, Installation: r.Installation, Level: level,
 			Progress: func(check string) { f.tell("check", check) }})
 		if err = errors.Join(err, f.undoCopy(ctx, r.Copy)); err != nil {
 			return v, err
+		}
+		if looked != nil {
+			v.Checks = append(v.Checks, backup.Check{Name: "the owner's own look", Result: backup.Failed, Detail: looked.Error()})
 		}
 	}
 	v.Tool, v.Host, v.Seconds = f.Tool, f.Host, time.Since(start).Seconds()

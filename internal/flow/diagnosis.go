@@ -297,7 +297,7 @@ func (d *diagnosis) topology() {
 	case d.Topology != nil:
 		d.failed(Bad, name, d.Topology, "cleancut topology")
 	default:
-		d.say(Healthy, name, "", "%d filesystems on %d volumes, all covered", d.Filesystems, d.Members)
+		d.say(Healthy, name, "", "%s on %s, all covered", count(d.Filesystems, "filesystem"), count(d.Members, "volume"))
 		if d.KeepAway != nil {
 			d.failed(Bad, "own files", d.KeepAway, "")
 		} else if d.State == nil {
@@ -358,7 +358,7 @@ func (d *diagnosis) left() {
 	case len(remove) > 0:
 		d.say(Warning, "left-overs", "cleancut sweep", "something was interrupted: %s", strings.Join(remove, ", "))
 	case kept > 0:
-		d.say(Healthy, "left-overs", "", "nothing to remove; %d things are in use or left alone (`cleancut sweep --dry-run` names them)", kept)
+		d.say(Healthy, "left-overs", "", "nothing to remove; %s in use or left alone (`cleancut sweep --dry-run` lists them)", count(kept, "thing"))
 	default:
 		d.say(Healthy, "left-overs", "", "none")
 	}
@@ -367,4 +367,11 @@ func (d *diagnosis) left() {
 	} else if d.State == nil {
 		d.say(Healthy, "still frozen?", "", "nothing was ever frozen from this state folder")
 	}
+}
+
+func count(n int, what string) string {
+	if n != 1 {
+		what += "s"
+	}
+	return fmt.Sprintf("%d %s", n, what)
 }

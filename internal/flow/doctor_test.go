@@ -104,7 +104,7 @@ func TestDiagnoseSaysWhatIsWrongAndHowToMendIt(t *testing.T) {
 		{"pg_amcheck missing", flow.ForRestore, func(x *flow.Condition) { x.Majors[0].Missing = []string{"pg_amcheck"} }, "PostgreSQL 15 programs", flow.Warning, "verify", ""},
 		{"no version known", flow.ForRestore, func(x *flow.Condition) { x.Majors = nil }, "PostgreSQL programs", flow.Unknown, "neither", ""},
 		{"an interrupted backup", flow.ForAll, func(x *flow.Condition) { x.Plan = []flow.Action{{Kind: flow.RemoveBackup, Name: "backup X"}} }, "left-overs", flow.Warning, "backup X", "cleancut sweep"},
-		{"a copy that is meant to stay", flow.ForAll, func(x *flow.Condition) { x.Plan = []flow.Action{{Kind: flow.OnlyList, Name: "copy X"}} }, "left-overs", flow.Healthy, "1 things", ""},
+		{"a copy that is meant to stay", flow.ForAll, func(x *flow.Condition) { x.Plan = []flow.Action{{Kind: flow.OnlyList, Name: "copy X"}} }, "left-overs", flow.Healthy, "1 thing in use", ""},
 		{"left-overs that cannot be looked for", flow.ForAll, func(x *flow.Condition) { x.Sweep = gone }, "left-overs", flow.Unknown, "gone", ""},
 		{"a host that has frozen before", flow.ForAll, func(x *flow.Condition) { x.Frozen = []string{"/srv/pg"} }, "still frozen?", flow.Unknown, "/srv/pg", "cleancut thaw"},
 	}
@@ -200,7 +200,7 @@ func TestDoctorLooksAtARealHostAndLeavesNothing(t *testing.T) {
 	if got := bad(findings); len(got) > 0 {
 		t.Errorf("of a host in order: got %q", got)
 	}
-	if got, want := find(t, findings, "topology").Detail, "1 filesystems on 1 volumes, all covered"; got != want {
+	if got, want := find(t, findings, "topology").Detail, "1 filesystem on 1 volume, all covered"; got != want {
 		t.Errorf("topology: got %q, want %q", got, want)
 	}
 	if !slices.ContainsFunc(findings, func(f flow.Finding) bool {

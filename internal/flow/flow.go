@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"time"
 
 	"cleancut/internal/backup"
@@ -227,9 +228,13 @@ func preflight(r postgres.Running, o BackupOptions) (notes []string, err error) 
 // backup would wait for itself.
 func (f *Flow) keepAway(t backup.Topology, paths []string) error {
 	for _, path := range append([]string{f.State.Path()}, paths...) {
-		m, err := host.MountOf(path)
-		if errors.Is(err, os.ErrNotExist) {
+		if path == "" {
 			continue
+		}
+		m, err := host.MountOf(path)
+		for above := path; errors.Is(err, os.ErrNotExist) && above != filepath.Dir(above); { // it is going to be made
+			above = filepath.Dir(above)
+			m, err = host.MountOf(above)
 		}
 		if err != nil {
 			return err

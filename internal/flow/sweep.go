@@ -27,10 +27,15 @@ func (f *Flow) Delete(ctx context.Context, id backup.ID) error {
 	}
 	intent := backup.Intent{ID: id, Cluster: f.Cluster, Host: f.Host, Deletes: true, Tags: backup.Tags{backup.TagBackup: string(id), backup.TagCluster: f.Cluster}}
 	if err := f.Catalog.PutIntent(ctx, intent); err != nil && !errors.Is(err, backup.ErrExists) {
-		return err
+		undo, cancel := undoing(ctx)
+		defer cancel()
+		return errors.Join(err, f.Catalog.EndIntent(undo, id))
 	}
-	if err := f.removeBackup(ctx, intent); err != nil {
-		return fmt.Errorf("delete %s: %w: %w", id, backup.ErrLeft, err)
+	err = f.removeBackup(ctx, intent)
+	if err != nil { // half a backup is of no use: once more, also after ^C
+		if again := f.undoBackup(ctx, intent); again != nil {
+			return fmt.Errorf("delete: %w", errors.Join(err, again))
+		}
 	}
 	return nil
 }

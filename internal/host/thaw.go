@@ -57,7 +57,7 @@ func thawUntil(thawers []*thawer, over func()) {
 				last := isClosed(ended)
 				t.pass <- answer
 				err := <-answer
-				_ = last; if errors.Is(err, unix.EINVAL) {
+				if last && errors.Is(err, unix.EINVAL) {
 					return
 				}
 				if err != nil {

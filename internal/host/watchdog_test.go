@@ -304,13 +304,14 @@ func TestTheWatchdogOutlivesAFreezeInProgress(t *testing.T) {
 		blocked  func(t *testing.T) (wait func()) // makes the freeze take until outer is thawed
 		meanTime func(t *testing.T, f *child)     // while it flushes
 		after    string                           // what a living freezer says then
+		einval   bool                             // FITHAW does not even wait for it
 	}{
-		{"killed while dirty pages are flushed", far, dirty(inner, outer), killed, ""},
-		{"killed while a long write is waited for", far, longWrite(inner, outer), killed, ""},
-		{"the deadline passes while dirty pages are flushed", 101 * time.Millisecond, dirty(inner, outer), deadlinePassed, "void"},
-		{"the deadline passes while a long write is waited for", 102 * time.Millisecond, longWrite(inner, outer), deadlinePassed, "void"},
+		{"killed while dirty pages are flushed", far, dirty(inner, outer), killed, "", false},
+		{"killed while a long write is waited for", far, longWrite(inner, outer), killed, "", true},
+		{"the deadline passes while dirty pages are flushed", 101 * time.Millisecond, dirty(inner, outer), deadlinePassed, "void", false},
+		{"the deadline passes while a long write is waited for", 102 * time.Millisecond, longWrite(inner, outer), deadlinePassed, "void", true},
 		{"the deadline passes, then the freezer is killed", 103 * time.Millisecond, longWrite(inner, outer),
-			func(t *testing.T, f *child) { deadlinePassed(t, f); killed(t, f) }, ""},
+			func(t *testing.T, f *child) { deadlinePassed(t, f); killed(t, f) }, "", true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			staysThawed(t, outer, inner)
@@ -325,6 +326,11 @@ func TestTheWatchdogOutlivesAFreezeInProgress(t *testing.T) {
 			f.tell(t, "freeze")
 			eventually(t, "FIFREEZE runs", func() bool { return inFreeze(t, f.pid()) })
 			c.meanTime(t, f)
+			if c.einval { // the premise: one EINVAL proves nothing
+				if err := ioctl(t, inner, fiThaw); !errors.Is(err, unix.EINVAL) {
+					t.Errorf("FITHAW during FIFREEZE: got %v, want EINVAL", err)
+				}
+			}
 			if !inFreeze(t, f.pid()) {
 				t.Fatal("the freeze did not last: this test shows nothing")
 			}
@@ -343,6 +349,50 @@ func TestTheWatchdogOutlivesAFreezeInProgress(t *testing.T) {
 			becomesThawed(t, inner)
 		})
 	}
+}
+
+// TestTheWatchdogOutlivesASlowFlush kills the freezer of a volume whose
+// writeback is limited for the whole machine (the root blkio cgroup).
+func TestTheWatchdogOutlivesASlowFlush(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	const limits = "/sys/fs/cgroup/blkio/blkio.throttle.write_bps_device"
+	_, err := os.Stat(limits)
+	limited := err == nil // else killed at some moment; TestTheWatchdogOutlivesAFreezeInProgress chooses the moment
+	dir := volumes(t, 1)[0]
+	m, err := host.MountOf(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := armed(t, far, dir)
+	if err := writeDurably(filepath.Join(dir, "big"), 60<<20); err != nil {
+		t.Fatal(err)
+	}
+	limit := func(bps int) {
+		if !limited {
+			return
+		}
+		if err := os.WriteFile(limits, fmt.Appendf(nil, "%d:%d %d", m.Major, m.Minor, bps), 0); err != nil {
+			t.Error(err)
+		}
+	}
+	limit(20 << 20)
+	t.Cleanup(func() { limit(0) })
+	f, err := os.OpenFile(filepath.Join(dir, "big"), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.Write(make([]byte, 60<<20))
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	c.tell(t, "freeze")
+	if limited {
+		eventually(t, "FIFREEZE runs", func() bool { return inFreeze(t, c.pid()) })
+	}
+	kill(t, c.pid(), syscall.SIGKILL)
+	becomesThawed(t, dir)
 }
 
 // dirty freezes outer under dirty pages of inner.

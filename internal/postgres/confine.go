@@ -44,8 +44,7 @@ func confine(i *Instance, moves []move) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
 		return fail("make mounts a slave of the host's", err)
 	}
-	needed := []string{i.Root, // the first: see showOriginal
-		"/run", "/var", "/tmp"}
+	needed := []string{i.Root, "/run", "/var", "/tmp"} // root first: see showOriginal
 	if bin, err := filepath.EvalSymlinks(i.Installation.Bin); err == nil {
 		needed = append(needed, bin)
 	}
@@ -114,7 +113,7 @@ func unmountForeign(root string, needed []string) error {
 // filesystem in memory takes the place of the deepest folder that does, unless
 // something needed lies there; then recovery says so if it wants the path.
 func showOriginal(m move, needed []string) error {
-	if !strings.HasPrefix(m.Link, "pg_tblspc/") || m.Original == m.Copy {
+	if !strings.HasPrefix(m.Link, "pg_tblspc/") || !filepath.IsAbs(m.Original) {
 		return nil
 	}
 	real, err := filepath.EvalSymlinks(m.Original)

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 
@@ -22,9 +23,9 @@ import (
 	"cleancut/internal/provider"
 )
 
-// ErrNoStart: the storage of the copy stands, and the image itself kept the
-// server from recovering on it.
-var ErrNoStart = errors.New("the copy's server did not come up")
+// ErrNoStart: the volumes of the copy stand, and the image itself kept them
+// from being mounted or the server from recovering.
+var ErrNoStart = errors.New("the image does not come up")
 
 // Provider is the part of provider.Provider that a restore needs.
 type Provider interface {
@@ -68,7 +69,7 @@ func Run(ctx context.Context, p Provider, o Options) (backup.Copy, *postgres.Ins
 	}
 	o.Progress("mount", c.Root)
 	if err := mount(ctx, m, &c); err != nil {
-		return c, nil, err
+		return c, nil, blameMount(ctx, err)
 	}
 	instance, err := recoverCopy(ctx, o, &c)
 	if err != nil {
@@ -110,6 +111,17 @@ func blame(ctx context.Context, data string, err error) error {
 	_, control := postgres.ReadControl(filepath.Join(data, "global", "pg_control"))
 	_, began := os.Stat(filepath.Join(data, "postmaster.opts"))
 	if control != nil || began == nil {
+		return fmt.Errorf("%w: %w", ErrNoStart, err)
+	}
+	return err
+}
+
+// blameMount wraps ErrNoStart around err where mount(8) itself answered that
+// the filesystem could not be mounted (its exit status 32): the devices were
+// proved to be the right ones before.
+func blameMount(ctx context.Context, err error) error {
+	var exit *exec.ExitError
+	if ctx.Err() == nil && errors.As(err, &exit) && exit.ExitCode() == 32 {
 		return fmt.Errorf("%w: %w", ErrNoStart, err)
 	}
 	return err

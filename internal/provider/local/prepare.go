@@ -15,7 +15,10 @@ import (
 )
 
 // What FICLONE of a file with a live loop device costs, measured (lab.md,
-// "Native, without md"): per extent, and once.
+// "Native, without md"): per extent, and once. Clones in one pool at the same
+// time take as long as one after the other (BenchmarkTake: 32 members with
+// 2,000 records each in 0.6 to 1.3 s, 10 to 20 µs a record), so the extents of
+// all members count.
 const (
 	cloneExtentXFS   = 20 * time.Microsecond
 	cloneExtentBtrfs = 9 * time.Microsecond
@@ -46,16 +49,16 @@ func (p *Pool) prepare(ctx context.Context, set provider.Set) (_ *cut, err error
 			err = errors.Join(err, c.abandon(context.WithoutCancel(ctx), p))
 		}
 	}()
-	var worst int64
+	var count int64
 	for i, m := range set.Members {
 		c.members[i] = &member{tags: m.Tags}
 		n, err := p.openSource(c.members[i], m.Volume)
 		if err != nil {
 			return nil, err
 		}
-		worst = max(worst, n)
+		count += n
 	}
-	c.estimate = p.estimate(worst)
+	c.estimate = p.estimate(count)
 	if err := p.announce(ctx, c.members); err != nil {
 		return nil, err
 	}

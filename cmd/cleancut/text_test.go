@@ -1,0 +1,245 @@
+package main_test
+
+import (
+	"encoding/json"
+	"flag"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+// golden compares text with a file below testdata.
+func golden(t *testing.T, name, got string) {
+	t.Helper()
+	file := filepath.Join("testdata", name)
+	if *update {
+		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatalf("%v (go test ./cmd/cleancut -update writes it)", err)
+	}
+	if got != string(want) {
+		t.Errorf("%s differs (go test ./cmd/cleancut -update writes it); got:\n%s", file, got)
+	}
+}
+
+// bare is a configuration that leads nowhere: for what needs no machine.
+func bare(t *testing.T) *lab {
+	t.Helper()
+	dir := t.TempDir()
+	return &lab{dir: dir, pool: filepath.Join(dir, "nopool"), catalog: filepath.Join(dir, "catalog"), state: filepath.Join(dir, "state"), host: "prod", dsn: "host=" + dir}
+}
+
+func TestHelpTexts(t *testing.T) {
+	l := bare(t)
+	help := func(command string) string {
+		o := l.must(t, append(strings.Fields(command), "--help")...)
+		if o.err != "" {
+			t.Errorf("%s --help writes to standard error: %s", command, o.err)
+		}
+		golden(t, filepath.Join("help", "cleancut"+strings.ReplaceAll(" "+command, " ", "-")+".txt"), o.out)
+		return o.out
+	}
+	for _, m := range regexp.MustCompile(`(?m)^  ([a-z]+) +[A-Z]`).FindAllStringSubmatch(help(""), -1) {
+		if name := m[1]; name != "help" && name != "completion" {
+			for _, sub := range regexp.MustCompile(`(?m)^  ([a-z]+) +[A-Z]`).FindAllStringSubmatch(help(name), -1) {
+				help(name + " " + sub[1])
+			}
+		}
+	}
+}
+
+func TestEveryCommandIsKnownToTheHelp(t *testing.T) {
+	out := bare(t).must(t, "--help").out
+	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "delete", "sweep", "thaw", "demo"} {
+		if !regexp.MustCompile(`(?m)^  ` + c + ` `).MatchString(out) {
+			t.Errorf("%s is not in the help", c)
+		}
+	}
+}
+
+func TestWrongRequestsExitWith2AndSayWhatIsWrong(t *testing.T) {
+	const id = "20261122T211704Z-5f3a9c"
+	for _, c := range []struct {
+		args  string
+		words string // separated by |
+	}{
+		{"frobnicate", "unknown command|frobnicate|what to do"},
+		{"storage", "storage|what to do"},
+		{"storage frobnicate", "frobnicate|what to do"},
+		{"backup --frobnicate", "unknown flag|--frobnicate|cleancut backup --help"},
+		{"list surplus", "takes no arguments|usage: cleancut list"},
+		{"show", "wants the id of a backup|usage: cleancut show ID"},
+		{"show nonsense", "nonsense|is no backup id|20261122T211704Z-5f3a9c"},
+		{"show ../../etc/passwd", "is no backup id"},
+		{"delete nonsense", "is no backup id"},
+		{"verify nonsense", "is no backup id"},
+		{"dump nonsense", "is no backup id"},
+		{"restore nonsense --to /tmp/x", "is no backup id"},
+		{"restore " + id, "--to DIR|cleancut list"},
+		{"restore --undo /tmp/x " + id, "--undo DIR stands alone"},
+		{"restore " + id + " surplus --to /tmp/x", "restore"},
+		{"verify --level everything " + id, "everything|start, rows or full"},
+		{"dump --level 99 " + id, "99|1 to 22"},
+		{"backup --mode sideways", "sideways|auto, group, freeze or bracketed"},
+		{"backup --mode group", "mode group|cannot cut several volumes|use --mode freeze"},
+		{"backup --mode bracketed", "mode bracketed|not there yet"},
+		{"backup --deadline soon", "deadline|soon|--help"},
+		{"backup --deadline 0s", "--deadline"},
+		{"backup --deadline -5s", "--deadline"},
+		{"backup --sync-rounds 0", "--sync-rounds"},
+		{"backup --max-sync 0s", "--max-sync"},
+		{"list --cluster Bad/Name", "Bad/Name"},
+		{"list --catalog ftp://x/y", "ftp://x/y"},
+		{"sweep --provider tape", "tape|local or ec2"},
+		{"sweep --pool=", "needs its pool|--pool DIR"},
+		{"list --config /nonexistent.toml", "/nonexistent.toml"},
+	} {
+		t.Run(c.args, func(t *testing.T) {
+			l := bare(t)
+			o := l.run(t, strings.Fields(c.args)...)
+			o.refused(t, 2, strings.Split(c.words, "|")...)
+			if o.out != "" {
+				t.Errorf("standard output is for results, got %q", o.out)
+			}
+			if _, err := os.Stat(l.catalog); err == nil {
+				t.Error("a catalog was made")
+			}
+		})
+	}
+}
+
+func TestNoCommandPrintsTheHelp(t *testing.T) {
+	if o := bare(t).must(t); !strings.Contains(o.out, "Usage:") {
+		t.Errorf("got %q", o.out)
+	}
+}
+
+func TestConfigurationMistakesAreShownWithTheirLine(t *testing.T) {
+	for _, c := range []struct{ name, text, words string }{
+		{"an unknown key", "catalog = \"file:///x\"\n\n[cluster.main]\ndns = \"host=/tmp\"\n", "unknown key|4|dns = |~~~"},
+		{"an unknown table", "[provider.tape]\npool = \"x\"\n", "unknown key|tape|~~~"},
+		{"a value of the wrong kind", "catalog = 5\n", "1|catalog = 5|~"},
+		{"no TOML", "catalog = \"file:///x\"\nthis is no toml\n", "2|this is no toml|~"},
+		{"a cluster's name that is none", "[cluster.\"Bad/Name\"]\ndsn = \"x\"\n", "Bad/Name"},
+		{"two clusters and none chosen", "[cluster.a]\n[cluster.b]\n", "clusters a, b|--cluster"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l := bare(t)
+			file := filepath.Join(l.dir, "c.toml")
+			if err := os.WriteFile(file, []byte(c.text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			o := l.run(t, "list", "--config", file)
+			o.refused(t, 2, strings.Split(c.words, "|")...)
+			if c.name != "two clusters and none chosen" && !strings.Contains(o.err, file) {
+				t.Errorf("the file is not named:\n%s", o.err)
+			}
+		})
+	}
+	t.Run("a cluster that the file does not have", func(t *testing.T) {
+		l := bare(t)
+		file := filepath.Join(l.dir, "c.toml")
+		if err := os.WriteFile(file, []byte("[cluster.a]\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		l.run(t, "list", "--config", file, "--cluster", "b").refused(t, 2, `no cluster "b"`, "only a")
+	})
+}
+
+func TestWhatIsNotThereIsAnErrorThatSaysWhatToDo(t *testing.T) {
+	const id = "20261122T211704Z-5f3a9c"
+	for _, c := range []struct{ args, words string }{
+		{"list", "catalog|not found|is its filesystem mounted"},
+		{"show " + id, "not found"},
+		{"delete " + id, "open pool|nopool|no such file|what to do"},
+		{"backup", "open pool|nopool|what to do"},
+		{"sweep --provider ec2", "not there yet"},
+		{"restore " + id + " --to /tmp/x --target latest", "latest|not there yet"},
+		{"thaw /nonexistent", "/nonexistent"},
+	} {
+		t.Run(c.args, func(t *testing.T) {
+			bare(t).run(t, strings.Fields(c.args)...).refused(t, 1, strings.Split(c.words, "|")...)
+		})
+	}
+}
+
+func TestErrorsInJSONAreOneObjectWithTheExitCode(t *testing.T) {
+	for args, code := range map[string]int{"show --json nonsense": 2, "list --json": 1, "frobnicate --json": 2, "backup --json --frobnicate": 2} {
+		t.Run(args, func(t *testing.T) {
+			o := bare(t).run(t, strings.Fields(args)...)
+			var got struct {
+				OK    *bool
+				Error string
+				Exit  int
+			}
+			dec := json.NewDecoder(strings.NewReader(o.out))
+			if err := dec.Decode(&got); err != nil || dec.More() {
+				t.Fatalf("%v: %q", err, o.out)
+			}
+			if got.OK == nil || *got.OK || got.Error == "" || got.Exit != code || o.code != code {
+				t.Errorf("exit %d, object %+v, want %d", o.code, got, code)
+			}
+		})
+	}
+}
+
+func TestThawWithoutAnythingSaysSo(t *testing.T) {
+	if o := bare(t).must(t, "thaw"); !strings.Contains(o.out, "never froze anything") {
+		t.Errorf("got %q", o.out)
+	}
+}
+
+// shape lists the paths of all keys in a JSON text, sorted, each once.
+func shape(t *testing.T, text string) string {
+	t.Helper()
+	var v any
+	if err := json.Unmarshal([]byte(text), &v); err != nil {
+		t.Fatalf("%v\n%s", err, text)
+	}
+	var out []string
+	var walk func(path string, v any)
+	walk = func(path string, v any) {
+		switch v := v.(type) {
+		case map[string]any:
+			for k, inner := range v {
+				if path == ".manifest.server.settings" {
+					k = "NAME"
+				}
+				walk(path+"."+k, inner)
+			}
+		case []any:
+			for _, inner := range v {
+				walk(path+"[]", inner)
+			}
+			if len(v) == 0 {
+				out = append(out, path+"[]")
+			}
+		default:
+			kind := map[bool]string{true: "null"}[v == nil]
+			switch v.(type) {
+			case string:
+				kind = "string"
+			case float64:
+				kind = "number"
+			case bool:
+				kind = "bool"
+			}
+			out = append(out, path+" "+kind)
+		}
+	}
+	walk("", v)
+	slices.Sort(out)
+	return strings.Join(slices.Compact(out), "\n") + "\n"
+}

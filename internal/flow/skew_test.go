@@ -1,0 +1,202 @@
+package flow_test
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/catalog"
+	"cleancut/internal/flow"
+	"cleancut/internal/lab/labtest"
+	"cleancut/internal/load"
+	"cleancut/internal/postgres"
+	"cleancut/internal/postgres/pgtest"
+	"cleancut/internal/provider/local"
+	"cleancut/internal/state"
+)
+
+// cuts of each kind. At least one torn one must be found damaged; how often
+// that happens is what the drill measures.
+const cuts = 5
+
+// skew between two members of the stripe.
+const skew = 5 * time.Second
+
+// lab is one production on four striped volumes.
+type production struct {
+	t      *testing.T
+	flow   *flow.Flow
+	server *pgtest.Server
+	load   *load.Load
+}
+
+func newProduction(t *testing.T) *production {
+	t.Helper()
+	ctx := t.Context()
+	pool := labtest.Pool(t, "xfs", 20<<30)
+	dir := labtest.Folder(t)
+	if err := local.Init(ctx, pool); err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	p, err := local.Open(ctx, pool, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := flow.StorageOptions{Name: "pg", Host: "lab", Volumes: 4, Size: 1 << 30, Level: "raid0", Chunk: 64 << 10, Filesystem: "xfs",
+		Mountpoint: filepath.Join(dir, "pg"), MountOptions: []string{"noatime"}, Fstab: filepath.Join(dir, "fstab"), MdadmConf: filepath.Join(dir, "mdadm.conf")}
+	if _, err := flow.CreateStorage(ctx, p, o); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := flow.DestroyStorage(labtest.Context(t), p, o); err != nil {
+			t.Error(err)
+		}
+	})
+	settings := map[string]string{}
+	for _, s := range load.HeavySettings() {
+		k, v, _ := strings.Cut(s, "=")
+		settings[k] = v
+	}
+	server := pgtest.New(t, pgtest.Options{Data: filepath.Join(o.Mountpoint, "data"), Settings: settings, Sync: true, Checksums: true})
+	st, err := state.Open(filepath.Join(dir, "state"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := catalog.NewDir(filepath.Join(dir, "catalog"))
+	return &production{t: t, server: server, flow: &flow.Flow{Provider: p, Catalog: catalog.New(store, "lab"), State: st, Cluster: "lab", Host: "lab",
+		Tool: "test", Watchdog: labtest.Watchdog(t), Log: log}}
+}
+
+func (p *production) connect(ctx context.Context) (*pgx.Conn, error) {
+	return pgx.Connect(ctx, p.server.DSN("postgres"))
+}
+
+// beat puts the heavy load on production.
+func (p *production) beat() {
+	p.t.Helper()
+	ctx := p.t.Context()
+	conn, err := p.connect(ctx)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer conn.Close(ctx)
+	if _, err := load.Create(ctx, conn, load.Options{Rows: 20000}); err != nil {
+		p.t.Fatal(err)
+	}
+	which := load.All()
+	which.Bulk.MaxBytes = 150 << 20
+	which.Churn.CheckpointEvery = load.HeavyCheckpointEvery
+	if p.load, err = load.Start(ctx, p.connect, which); err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() { _, _ = p.load.Stop() }) // its error is looked at after the cuts
+	if err := errors.Join(p.load.Words.Await(ctx, 200), p.load.Transfers.Await(ctx, 50), p.load.Churn.Await(ctx, 2)); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// cut takes one backup and the promise that goes with it.
+func (p *production) cut(mode backup.Mode) (backup.Manifest, load.Promise) {
+	p.t.Helper()
+	m, err := p.flow.Backup(p.t.Context(), flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: mode, Skew: skew,
+		Deadline: 5 * time.Minute, Quick: 10 * time.Second, Rounds: 100})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if err := p.load.Err(); err != nil {
+		p.t.Fatal(err)
+	}
+	if mode != backup.ModeFreeze {
+		return m, load.Promise{}
+	}
+	first, last := m.Cut.Frozen[0].Called, m.Cut.Frozen[0].Thawed
+	return m, p.load.PromiseUntil(first, last)
+}
+
+// judge looks at an image alone: what verify finds, and the promise if there
+// is one.
+func (p *production) judge(m backup.Manifest, promise load.Promise) error {
+	p.t.Helper()
+	_, err := p.flow.Verify(p.t.Context(), flow.VerifyOptions{ID: m.ID, Level: backup.LevelFull, AllowTorn: true,
+		Look: func(ctx context.Context, r flow.Restored) error {
+			if len(promise.Words) == 0 {
+				return nil
+			}
+			conn, err := r.Instance.Connect(ctx, "postgres")
+			if err != nil {
+				return err
+			}
+			defer conn.Close(ctx)
+			found, err := load.Judge(ctx, conn, promise)
+			if err != nil {
+				return err
+			}
+			p.t.Logf("%s: %d acknowledged before the cut, %d found", m.ID, found.Words.Acked, found.Words.Found)
+			if problems := found.Problems(); len(problems) > 0 {
+				return errors.New(strings.Join(problems, "; "))
+			}
+			return nil
+		}})
+	if err != nil && !errors.Is(err, backup.ErrDamage) {
+		p.t.Fatal(err)
+	}
+	return err
+}
+
+func TestMembersCutFiveSecondsApartAreDamagedUnlessTheyAreFrozen(t *testing.T) {
+	if !labtest.Here(t, labtest.MD) {
+		return
+	}
+	p := newProduction(t)
+	p.beat()
+	type image struct {
+		manifest backup.Manifest
+		promise  load.Promise
+	}
+	var torn, frozen []image
+	for range cuts {
+		m, _ := p.cut(backup.ModeNone)
+		torn = append(torn, image{manifest: m})
+		m, promise := p.cut(backup.ModeFreeze)
+		frozen = append(frozen, image{m, promise})
+	}
+	if _, err := p.load.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	for _, i := range frozen {
+		if i.manifest.Cut.Achieved != backup.Atomic {
+			t.Errorf("%s is %s, want atomic", i.manifest.ID, i.manifest.Cut.Achieved)
+		}
+		if i.manifest.Cut.SpreadMS < float64(3*skew.Milliseconds()) {
+			t.Errorf("%s: the members were cut within %.0f ms, want at least %v apart", i.manifest.ID, i.manifest.Cut.SpreadMS, 3*skew)
+		}
+		if err := p.judge(i.manifest, i.promise); err != nil {
+			t.Errorf("a frozen cut was judged damaged: %v", err)
+		}
+	}
+	damaged := 0
+	for n, i := range torn {
+		if i.manifest.Cut.Achieved != backup.Torn {
+			t.Errorf("%s is %s, want torn", i.manifest.ID, i.manifest.Cut.Achieved)
+		}
+		if _, _, err := p.flow.Restore(t.Context(), flow.RestoreOptions{ID: i.manifest.ID, Purpose: backup.ForRestore}); !errors.Is(err, backup.ErrUnsupported) {
+			t.Errorf("a torn backup is restored: %v", err)
+		}
+		if err := p.judge(i.manifest, load.Promise{}); err != nil {
+			damaged++
+			t.Logf("torn cut %d of %d: %v", n+1, cuts, err)
+			break // one is enough to show that the judge sees
+		}
+	}
+	if damaged == 0 {
+		t.Errorf("none of %d cuts with %v between members was found damaged", cuts, skew)
+	}
+}
