@@ -223,7 +223,9 @@ func shape(t *testing.T, text string) string {
 			for _, inner := range v {
 				walk(path+"[]", inner)
 			}
-			if len(v) == 0 {
+			if path == ".manifest.cut.notes" { // there where the watchdog lacks a capability
+				out = slices.DeleteFunc(out, func(s string) bool { return strings.HasPrefix(s, path) })
+			} else if len(v) == 0 {
 				out = append(out, path+"[]")
 			}
 		default:

@@ -106,6 +106,10 @@ func arrayTree(ctx context.Context, dir string, d backup.Device, resolve Resolve
 	if n := readString(md, "degraded"); n != "" && n != "0" {
 		return d, fmt.Errorf("%s is degraded: %w", d.Name, backup.ErrUnsupported)
 	}
+	// A restore tells the members apart by their superblocks (ReadSuperblock).
+	if v := readString(md, "metadata_version"); !strings.HasPrefix(v, "1.") {
+		return d, fmt.Errorf("%s has metadata %q (1.0, 1.1 and 1.2 are done so far): %w", d.Name, v, backup.ErrUnsupported)
+	}
 	slots, err := arraySlots(md)
 	if err != nil {
 		return d, fmt.Errorf("%s: %w", d.Name, err)

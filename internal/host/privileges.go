@@ -45,12 +45,14 @@ func HasLoop() bool {
 }
 
 // MissingCapabilities returns those of the wanted capabilities ("CAP_KILL")
-// that this process does not have in effect (proc(5), CapEff). A name that
-// cleancut does not know is an error.
+// that the calling thread does not have in effect (proc(5), CapEff). Not
+// /proc/self: that is the first thread, whose ids a connection may have changed
+// for good (package postgres, onThread). A name that cleancut does not know is
+// an error.
 func MissingCapabilities(wanted []string) ([]string, error) {
 	bits := map[string]int{"CAP_CHOWN": unix.CAP_CHOWN, "CAP_DAC_OVERRIDE": unix.CAP_DAC_OVERRIDE, "CAP_KILL": unix.CAP_KILL, "CAP_SETGID": unix.CAP_SETGID,
 		"CAP_SETUID": unix.CAP_SETUID, "CAP_IPC_LOCK": unix.CAP_IPC_LOCK, "CAP_SYS_ADMIN": unix.CAP_SYS_ADMIN, "CAP_SYS_RESOURCE": unix.CAP_SYS_RESOURCE}
-	status, err := os.ReadFile("/proc/self/status")
+	status, err := os.ReadFile("/proc/thread-self/status")
 	if err != nil {
 		return nil, fmt.Errorf("own capabilities: %w", err)
 	}
@@ -63,7 +65,7 @@ func MissingCapabilities(wanted []string) ([]string, error) {
 		}
 	}
 	if !found {
-		return nil, fmt.Errorf("own capabilities: /proc/self/status has no CapEff: %w", errors.ErrUnsupported)
+		return nil, fmt.Errorf("own capabilities: /proc/thread-self/status has no CapEff: %w", errors.ErrUnsupported)
 	}
 	var missing []string
 	for _, name := range wanted {

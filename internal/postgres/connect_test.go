@@ -21,6 +21,7 @@ func needRoot(t *testing.T) {
 }
 
 func TestRootConnectsThroughPeerAuthenticationAsTheOwnerOfTheData(t *testing.T) {
+	t.Parallel()
 	needRoot(t)
 	s := pgtest.New(t, pgtest.Options{HBA: "local all postgres peer\n"})
 	targets := map[string]postgres.Target{
@@ -51,6 +52,7 @@ func TestRootConnectsThroughPeerAuthenticationAsTheOwnerOfTheData(t *testing.T) 
 }
 
 func TestManyConnectionsAtOnceLeaveTheProcessRoot(t *testing.T) {
+	t.Parallel()
 	needRoot(t)
 	s := pgtest.New(t, pgtest.Options{HBA: "local all postgres peer\n"})
 	secret := filepath.Join(t.TempDir(), "secret")
@@ -81,6 +83,7 @@ func TestManyConnectionsAtOnceLeaveTheProcessRoot(t *testing.T) {
 }
 
 func TestTheSessionIsNotEndedByTheServersTimeouts(t *testing.T) {
+	t.Parallel()
 	s := pgtest.New(t, pgtest.Options{Settings: map[string]string{
 		"statement_timeout": "7s", "lock_timeout": "7s", "idle_session_timeout": "7s", "idle_in_transaction_session_timeout": "7s", "synchronous_commit": "off",
 	}})
@@ -100,6 +103,7 @@ func TestTheSessionIsNotEndedByTheServersTimeouts(t *testing.T) {
 }
 
 func TestAServerThatIsDownGivesAHint(t *testing.T) {
+	t.Parallel()
 	s := pgtest.New(t, pgtest.Options{})
 	s.Stop(t)
 	for name, target := range map[string]postgres.Target{
@@ -117,6 +121,7 @@ func TestAServerThatIsDownGivesAHint(t *testing.T) {
 }
 
 func TestAStalePidFileOfACrashedServerIsNotTakenForARunningOne(t *testing.T) {
+	t.Parallel()
 	s := pgtest.New(t, pgtest.Options{})
 	s.Crash(t)
 	if _, err := os.Stat(filepath.Join(s.DataDirectory, "postmaster.pid")); err != nil {

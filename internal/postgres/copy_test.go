@@ -25,7 +25,7 @@ type cluster struct {
 func newCluster(t *testing.T, settings map[string]string) *cluster {
 	t.Helper()
 	dir := pgtest.Folder(t)
-	s := pgtest.New(t, pgtest.Options{Dir: dir, WALDir: filepath.Join(dir, "wal"), Settings: settings})
+	s := pgtest.New(t, pgtest.Options{Dir: dir, WALDir: filepath.Join(dir, "wal"), Settings: settings, Small: true})
 	space := pgtest.Mkdir(t, filepath.Join(dir, "space"))
 	s.Exec(t, "CREATE TABLESPACE far LOCATION '"+space+"'",
 		"CREATE TABLE far_away(x int) TABLESPACE far", "INSERT INTO far_away SELECT generate_series(1, 1000)",
@@ -119,6 +119,7 @@ func ask[T any](t *testing.T, i *postgres.Instance, query string, args ...any) T
 }
 
 func TestACopyOfACrashedClusterRecoversBesideItsOriginal(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Crash(t)
 	p := c.copyFiles(t)
@@ -127,8 +128,8 @@ func TestACopyOfACrashedClusterRecoversBesideItsOriginal(t *testing.T) {
 	if got := ask[int](t, inst, "SELECT count(*)::int FROM far_away"); got != 1000 {
 		t.Errorf("got %d rows, want 1000", got)
 	}
-	if inst.EndOfRecovery == 0 || inst.FirstQuery == 0 || inst.RecoveryTook == 0 {
-		t.Errorf("got %+v, want the end of recovery and its times", inst)
+	if inst.EndOfRecovery == 0 || inst.FirstQuery == 0 {
+		t.Errorf("got %+v, want the end of recovery and the time of the first query", inst)
 	}
 	for _, link := range []string{"pg_wal", c.running.Tablespaces[0].Link} {
 		if got, err := os.Readlink(filepath.Join(p.Data, link)); err != nil || !strings.HasPrefix(got, p.Root+"/") {

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -117,6 +118,7 @@ func query(t *testing.T, conn *pgx.Conn, q string) string {
 }
 
 func TestTheFlushedRecordEndIsAlwaysTheEndOfARecord(t *testing.T) {
+	t.Parallel()
 	s := pgtest.New(t, pgtest.Options{Settings: calm})
 	s.Exec(t, "CREATE TABLE load(t text)")
 	conn := s.Connect(t, "postgres")
@@ -157,10 +159,12 @@ func TestTheFlushedRecordEndIsAlwaysTheEndOfARecord(t *testing.T) {
 }
 
 func TestRecoveryReachesTheFlushedRecordEndThoughAllWALBehindItIsLost(t *testing.T) {
+	t.Parallel()
 	dir := pgtest.Folder(t)
 	s := pgtest.New(t, pgtest.Options{Dir: dir, WALDir: filepath.Join(dir, "wal"), Settings: calm})
 	s.Exec(t, "CREATE TABLE load(t text)")
 	pgtest.Mkdir(t, filepath.Join(dir, "space"))
+	took := time.Duration(0)
 	for range 4 {
 		c := &cluster{Server: s, running: inspect(t, s)}
 		conn := s.Connect(t, "postgres")
@@ -180,10 +184,14 @@ func TestRecoveryReachesTheFlushedRecordEndThoughAllWALBehindItIsLost(t *testing
 		if inst.EndOfRecovery != promised {
 			t.Errorf("recovery ended at %s, want %s, where the WAL was cut off", inst.EndOfRecovery, promised)
 		}
+		took += inst.RecoveryTook
 		if err := postgres.Kill(t.Context(), p.Root); err != nil {
 			t.Fatal(err)
 		}
 		s.Start(t)
+	}
+	if took == 0 {
+		t.Errorf("no recovery told how long it took")
 	}
 }
 
@@ -220,6 +228,7 @@ func loseWAL(t *testing.T, dir string, lsn backup.LSN) {
 }
 
 func TestATransactionThatPausesInsideAPageOfWALDoesNotMisleadTheFlushedRecordEnd(t *testing.T) {
+	t.Parallel()
 	settings := map[string]string{"wal_level": "minimal", "max_wal_senders": "0", "autovacuum": "off", "wal_writer_delay": "1ms"}
 	s := pgtest.New(t, pgtest.Options{Settings: settings})
 	writer, conn := s.Connect(t, "postgres"), s.Connect(t, "postgres")
@@ -262,6 +271,7 @@ func TestATransactionThatPausesInsideAPageOfWALDoesNotMisleadTheFlushedRecordEnd
 }
 
 func TestAQuietServerIsNotWrittenToForItsFlushedRecordEnd(t *testing.T) {
+	t.Parallel()
 	s := pgtest.New(t, pgtest.Options{Settings: map[string]string{"autovacuum": "off"}})
 	s.Exec(t, "CHECKPOINT")
 	conn := s.Connect(t, "postgres")

@@ -34,6 +34,7 @@ func exists(path string) bool {
 }
 
 func TestPrepareRemovesWhatACopyMustNotInherit(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Exec(t, "ALTER SYSTEM SET primary_conninfo = 'host=production'", "SELECT pg_create_physical_replication_slot('kept', true)", "CHECKPOINT")
 	c.Crash(t)
@@ -98,6 +99,7 @@ func TestPrepareRemovesWhatACopyMustNotInherit(t *testing.T) {
 }
 
 func TestPrepareMayBeCalledAgainAndAgain(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Exec(t, "ALTER SYSTEM SET work_mem = '77MB'")
 	c.Crash(t)
@@ -121,6 +123,7 @@ func TestPrepareMayBeCalledAgainAndAgain(t *testing.T) {
 }
 
 func TestPrepareFinishesWhatAFailedRunBegan(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Crash(t)
 	count := &fault.Injector{}
@@ -147,6 +150,7 @@ func TestPrepareFinishesWhatAFailedRunBegan(t *testing.T) {
 }
 
 func TestPrepareRefusesAnImageThatIsNotTheManifests(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Stop(t)
 	cases := []struct {
@@ -188,6 +192,7 @@ func TestPrepareRefusesAnImageThatIsNotTheManifests(t *testing.T) {
 
 // A hostile image plants links where Prepare writes or removes.
 func TestLinksOfAHostileImageReachNothingOutside(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Stop(t)
 	link := func(t *testing.T, target, path string) {
@@ -264,6 +269,7 @@ func TestLinksOfAHostileImageReachNothingOutside(t *testing.T) {
 // Redo of CREATE TABLESPACE uses production's path literally: on production's
 // host it would set permissions there and, before 15, empty it.
 func TestRecoveryOfAFreshTablespaceDoesNotTouchTheOriginal(t *testing.T) {
+	t.Parallel()
 	needRoot(t)
 	c := newCluster(t, nil) // its tablespace is newer than the last checkpoint
 	c.Crash(t)
@@ -295,6 +301,7 @@ func TestRecoveryOfAFreshTablespaceDoesNotTouchTheOriginal(t *testing.T) {
 }
 
 func TestACopysServerCannotWriteToTheHost(t *testing.T) {
+	t.Parallel()
 	needRoot(t)
 	c := newCluster(t, nil)
 	c.Stop(t)

@@ -17,6 +17,7 @@ import (
 )
 
 func TestInspectFindsTablespacesLinkedWALAndConfigurationOutside(t *testing.T) {
+	t.Parallel()
 	dir := pgtest.Folder(t)
 	outside := pgtest.Mkdir(t, filepath.Join(dir, "etc"))
 	pgtest.Append(t, filepath.Join(outside, "extra.conf"), "work_mem = '5MB'\narchive_command = 'aws --key TOPSECRET %p'\n")
@@ -90,6 +91,7 @@ func TestInspectFindsTablespacesLinkedWALAndConfigurationOutside(t *testing.T) {
 }
 
 func TestInspectRefusesARoleThatMayNotSeeTheFiles(t *testing.T) {
+	t.Parallel()
 	s := pgtest.New(t, pgtest.Options{})
 	s.Exec(t, "CREATE ROLE plain LOGIN")
 	conn, err := postgres.Connect(t.Context(), postgres.Target{DSN: "host=" + s.SocketDir + " user=plain dbname=postgres"})
@@ -105,6 +107,7 @@ func TestInspectRefusesARoleThatMayNotSeeTheFiles(t *testing.T) {
 // A server in a container is reached over its socket, but its process ids and
 // perhaps its paths mean something else here.
 func TestInspectRefusesAServerInAnotherProcessNamespace(t *testing.T) {
+	t.Parallel()
 	needRoot(t)
 	s := pgtest.New(t, pgtest.Options{NoStart: true})
 	inner := s.Command(t.Context(), "postgres", "-D", s.DataDirectory)
@@ -138,6 +141,7 @@ func TestInspectRefusesAServerInAnotherProcessNamespace(t *testing.T) {
 }
 
 func TestADatabaseThatCannotBeLookedIntoBecomesANote(t *testing.T) {
+	t.Parallel()
 	s := pgtest.New(t, pgtest.Options{})
 	// As on a host that lacks the locale of one database.
 	s.Exec(t, "CREATE DATABASE foreign_locale TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'",
@@ -211,6 +215,7 @@ func TestPreflightRefusesWhatMakesRecoveryUnsound(t *testing.T) {
 }
 
 func TestARunningServerWithoutFsyncOrFullPagesIsRefused(t *testing.T) {
+	t.Parallel()
 	s := pgtest.New(t, pgtest.Options{Settings: map[string]string{"full_page_writes": "off"}}) // fsync is off in tests
 	got := texts(postgres.Preflight(inspect(t, s), postgres.Allow{}), true)
 	if !strings.Contains(got, "fsync is off") || !strings.Contains(got, "full_page_writes is off") {
@@ -228,6 +233,7 @@ func TestARunningServerWithoutFsyncOrFullPagesIsRefused(t *testing.T) {
 }
 
 func TestARunningStandbyIsRefused(t *testing.T) {
+	t.Parallel()
 	primary := pgtest.New(t, pgtest.Options{})
 	standby := pgtest.New(t, pgtest.Options{NoStart: true})
 	if err := os.RemoveAll(standby.DataDirectory); err != nil {

@@ -22,6 +22,7 @@ import (
 )
 
 func TestEverySettingOfTheIsolationHoldsWhateverTheFilesSay(t *testing.T) {
+	t.Parallel()
 	archive := pgtest.Folder(t)
 	c := newCluster(t, map[string]string{
 		"archive_mode": "on", "archive_command": "cp %p " + archive + "/%f", "archive_cleanup_command": "false", "recovery_end_command": "false",
@@ -158,6 +159,7 @@ func leftBelow(t *testing.T, root string) {
 }
 
 func TestACopyThatDoesNotStartShowsItsLogAndAHint(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Crash(t)
 	cases := []struct {
@@ -211,6 +213,7 @@ func TestACopyThatDoesNotStartShowsItsLogAndAHint(t *testing.T) {
 }
 
 func TestAFreshTablespaceIsRecoveredOnAnyHostButNeverUnconfinedBesideItsOriginal(t *testing.T) {
+	t.Parallel()
 	needRoot(t)
 	c := newCluster(t, nil)
 	c.Crash(t)
@@ -233,6 +236,7 @@ func TestAFreshTablespaceIsRecoveredOnAnyHostButNeverUnconfinedBesideItsOriginal
 }
 
 func TestAFreshTablespaceDirectlyBelowTheHostsRootNeedsItsFolder(t *testing.T) {
+	t.Parallel()
 	needRoot(t)
 	c := newCluster(t, nil)
 	top, err := os.MkdirTemp("/", "pgt")
@@ -354,6 +358,7 @@ func TestACopyHoldsNoFilesystemOfTheHost(t *testing.T) {
 }
 
 func TestAServerThatLetsNobodyInIsAnError(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Stop(t)
 	p := c.copyFiles(t)
@@ -365,6 +370,7 @@ func TestAServerThatLetsNobodyInIsAnError(t *testing.T) {
 }
 
 func TestACopyIsStartedOnlyByItsOwnMajorVersion(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Stop(t)
 	err := startFails(t, c.copyFiles(t), func(c *postgres.Copy) { c.Installation.Major = 16 })
@@ -374,6 +380,7 @@ func TestACopyIsStartedOnlyByItsOwnMajorVersion(t *testing.T) {
 }
 
 func TestAFolderTooLongForASocketIsRefusedBeforeTheStart(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Stop(t)
 	p := c.copyFiles(t)
@@ -389,6 +396,7 @@ func TestAFolderTooLongForASocketIsRefusedBeforeTheStart(t *testing.T) {
 }
 
 func TestACopyRunsAsAnotherUidThatNoPasswdEntryHas(t *testing.T) {
+	t.Parallel()
 	needRoot(t)
 	c := newCluster(t, nil)
 	c.Crash(t)
@@ -415,6 +423,7 @@ func TestACopyRunsAsAnotherUidThatNoPasswdEntryHas(t *testing.T) {
 }
 
 func TestARunningCopyIsFoundAgainAndStopsOnce(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Crash(t)
 	p := c.copyFiles(t)
@@ -460,6 +469,7 @@ func TestARunningCopyIsFoundAgainAndStopsOnce(t *testing.T) {
 }
 
 func TestStopDoesNotSignalAProcessThatGotTheServersNumber(t *testing.T) {
+	t.Parallel()
 	other := exec.CommandContext(t.Context(), "tail", "-f", "/dev/null")
 	if err := other.Start(); err != nil {
 		t.Fatal(err)
@@ -476,6 +486,7 @@ func TestStopDoesNotSignalAProcessThatGotTheServersNumber(t *testing.T) {
 }
 
 func TestAStartThatIsCancelledLeavesNothing(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Crash(t)
 	p := c.copyFiles(t)
@@ -517,6 +528,7 @@ func TestAStartThatIsCancelledLeavesNothing(t *testing.T) {
 }
 
 func TestAStopWhoseTimeIsUpEndsTheServerAtOnceAndSaysSo(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Crash(t)
 	p := c.copyFiles(t)
@@ -538,6 +550,7 @@ func TestAStopWhoseTimeIsUpEndsTheServerAtOnceAndSaysSo(t *testing.T) {
 }
 
 func TestKillLeavesNoProcessAndNoSharedMemory(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Crash(t)
 	p := c.copyFiles(t)
@@ -579,6 +592,7 @@ func TestKillLeavesNoProcessAndNoSharedMemory(t *testing.T) {
 }
 
 func TestOptionsReachTheServer(t *testing.T) {
+	t.Parallel()
 	c := newCluster(t, nil)
 	c.Stop(t)
 	inst := start(t, c.copyFiles(t), func(c *postgres.Copy) {
@@ -591,6 +605,7 @@ func TestOptionsReachTheServer(t *testing.T) {
 }
 
 func TestAnInstallationIsFoundByItsMajorVersionOnly(t *testing.T) {
+	t.Parallel()
 	odd := t.TempDir()
 	if err := os.WriteFile(filepath.Join(odd, "postgres"), []byte("#!/bin/sh\necho 'postgres (PostgreSQL) 16beta1'\n"), 0o755); err != nil {
 		t.Fatal(err)

@@ -39,6 +39,7 @@ type Options struct {
 	HBA       string            // content of pg_hba.conf; "": trust over the socket
 	Sync      bool              // fsync on and initdb syncs; by default it is off: tests kill processes, not machines
 	Checksums bool
+	Small     bool // WAL in files of 1 MiB instead of 16, so that copying the cluster is quick
 	NoStart   bool // only initdb
 }
 
@@ -142,6 +143,9 @@ func New(t testing.TB, o Options) *Server {
 	args := []string{"-D", s.DataDirectory, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-N"}
 	if o.Sync {
 		args = args[:len(args)-1]
+	}
+	if o.Small {
+		args = append(args, "--wal-segsize=1")
 	}
 	if o.Checksums {
 		args = append(args, "-k")

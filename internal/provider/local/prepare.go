@@ -14,14 +14,13 @@ import (
 	"cleancut/internal/provider"
 )
 
-// What FICLONE of a file with a live loop device costs, measured (lab.md,
-// "Native, without md"): per extent, and once. Clones in one pool at the same
-// time take as long as one after the other (BenchmarkTake: 32 members with
-// 2,000 records each in 0.6 to 1.3 s, 10 to 20 µs a record), so the extents of
-// all members count.
+// What FICLONE of a file with a live loop device costs, at most: per extent,
+// and once. lab.md ("Native, without md") has 20 µs an extent for XFS and 9 µs
+// for btrfs, one file alone. Clones in one pool at the same time take as long
+// as one after the other, so the extents of all members count, and then btrfs
+// took 12 to 21 µs, XFS 8 to 12 µs (BenchmarkTake, 4 and 32 members).
 const (
-	cloneExtentXFS   = 20 * time.Microsecond
-	cloneExtentBtrfs = 9 * time.Microsecond
+	cloneExtent      = 20 * time.Microsecond
 	cloneOnce        = 20 * time.Millisecond
 	freeingFactorXFS = 5 // while extents of deleted clones are being freed
 )
@@ -126,11 +125,7 @@ func (p *Pool) openSource(m *member, id backup.VolumeID) (int64, error) {
 }
 
 func (p *Pool) estimate(extents int64) time.Duration {
-	each := cloneExtentXFS
-	if p.fs == fsBtrfs {
-		each = cloneExtentBtrfs
-	}
-	cost := time.Duration(extents)*each + cloneOnce
+	cost := time.Duration(extents)*cloneExtent + cloneOnce
 	if p.fs == fsXFS && p.freedLately() {
 		cost *= freeingFactorXFS
 	}

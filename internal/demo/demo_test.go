@@ -1,0 +1,76 @@
+package demo_test
+
+import (
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"cleancut/internal/demo"
+	"cleancut/internal/lab/labtest"
+)
+
+func options(t *testing.T) demo.Options {
+	t.Helper()
+	return demo.Options{Program: labtest.Binary(t), Version: "test", Rows: 10000, VolumeSize: 1 << 30,
+		Report: filepath.Join(t.TempDir(), "report.html"), Out: os.Stdout, Log: slog.New(slog.DiscardHandler)}
+}
+
+func TestTheStoryHoldsStepByStep(t *testing.T) {
+	if !labtest.Here(t, labtest.MD) {
+		return
+	}
+	o := options(t)
+	res, err := demo.Run(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := 1
+	for _, s := range res.Steps {
+		if s.N != want {
+			t.Errorf("step %d where %d was expected", s.N, want)
+		}
+		want++
+		switch {
+		case s.N == 19 || s.N == 20:
+			if s.OK || !s.NotThere {
+				t.Errorf("step %d is told as done", s.N)
+			}
+		case !s.OK:
+			t.Errorf("step %d (%s): %s", s.N, s.Name, s.Error)
+		case len(s.Facts) == 0:
+			t.Errorf("step %d has no facts", s.N)
+		}
+	}
+	if want != 23 || !res.OK {
+		t.Errorf("the story ended before step %d with ok = %v", want, res.OK)
+	}
+	page, err := os.ReadFile(o.Report)
+	if err != nil || !strings.Contains(string(page), "beater B") {
+		t.Errorf("report of %d bytes: %v", len(page), err)
+	}
+}
+
+func TestAFailedStepStopsTheStoryAndCleansUp(t *testing.T) {
+	if !labtest.Here(t, labtest.MD) {
+		return
+	}
+	o := options(t)
+	o.Program = "/bin/false" // the watchdog cannot be armed, so step 11 must fail
+	res, err := demo.Run(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	last := res.Steps[len(res.Steps)-1]
+	if res.OK || last.OK || last.N > 11 || !strings.Contains(last.Error, "watchdog") {
+		t.Errorf("ended with ok = %v at step %d: %q", res.OK, last.N, last.Error)
+	}
+	if strings.Contains(last.Error, "clean-up") {
+		t.Errorf("the clean-up failed: %s", last.Error)
+	}
+	left, err := filepath.Glob("/tmp/ccd-*")
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v (%v)", left, err)
+	}
+}
