@@ -22,7 +22,7 @@ type flowUnderFault struct {
 	removes func(t *testing.T, o outcome)
 	stay    []string // folders of copies that stand before the run
 	from    string   // only the points from this one on
-	retries bool                    // a call that failed is made again
+	retries bool     // a call that failed is made again
 	always  bool     // removes also what a failed run left
 }
 

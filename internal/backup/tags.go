@@ -35,10 +35,11 @@ func SnapshotTags(id ID, cluster string, m Member, count int) Tags {
 }
 
 // Match reports whether t has every tag of want with the same value. An empty
-// want matches nothing, so that a lost filter never selects everything.
+// want, and one with an empty value, match nothing, so that a lost filter or
+// a lost value never selects everything.
 func (t Tags) Match(want Tags) bool {
 	for k, v := range want {
-		if t[k] != v {
+		if v == "" || t[k] != v {
 			return false
 		}
 	}

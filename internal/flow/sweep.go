@@ -143,7 +143,9 @@ func planCopies(x Facts) []Action {
 		ledger[id] = true
 		c := backup.Copy{ID: backup.ID(id), Backup: backup.ID(v.Tags[backup.TagBackup]), Cluster: x.Cluster, Host: x.Host}
 		a := Action{Kind: RemoveCopy, Name: "copy " + id, Copy: c, Why: "its volumes are here, and this host's state knows nothing of it"}
-		if v.Attached != "" {
+		if x.Busy[lockCopy(c.ID)] {
+			a.Kind, a.Why = OnlyList, "it is being made or removed"
+		} else if v.Attached != "" {
 			a.Kind, a.Why = OnlyList, a.Why+"; but volume "+string(v.ID)+" is attached as "+v.Attached+" (was the state folder lost? stop what uses it, detach it, sweep again)"
 		}
 		out = append(out, a)
@@ -166,10 +168,15 @@ func strangers(x Facts) map[backup.ID]int {
 	return out
 }
 
-// SweepFacts gathers what PlanSweep needs. The locks are looked at first: what
-// is running then is left alone, however far it gets meanwhile.
+// SweepFacts gathers what PlanSweep needs. The volumes are listed before the
+// ledgers are read: a ledger is older than its volumes, so that none seems to
+// lack one. Then come the locks: what is running is left alone, however far it
+// gets meanwhile.
 func (f *Flow) SweepFacts(ctx context.Context) (x Facts, err error) {
 	x = Facts{Host: f.Host, Cluster: f.Cluster, Busy: map[string]bool{}, Backups: map[backup.ID]BackupState{}}
+	if x.Inventory, err = f.Provider.List(ctx, nil); err != nil {
+		return x, err
+	}
 	if x.Copies, err = f.State.Copies(); err != nil {
 		return x, err
 	}
@@ -200,8 +207,7 @@ func (f *Flow) SweepFacts(ctx context.Context) (x Facts, err error) {
 	for _, e := range entries {
 		x.Backups[e.ID] = stateOf(e)
 	}
-	x.Inventory, err = f.Provider.List(ctx, nil)
-	return x, err
+	return x, nil
 }
 
 func stateOf(e catalog.Entry) BackupState {

@@ -146,17 +146,19 @@ func takeOver(ctx context.Context, members []string, uuid string) (string, error
 	if err != nil {
 		return "", err
 	}
-	for _, md := range holders {
+	for _, md := range holders { // all are looked at before any is stopped
 		held, err := membersOf(md)
 		if err != nil {
 			return "", err
 		}
 		for _, h := range held {
 			if !slices.Contains(members, h) {
-				return "", backup.Hint(fmt.Errorf("array %s holds %s and also %s, which is not part of this set: %w", md, members, h, backup.ErrNotOurs),
+				return "", backup.Hint(fmt.Errorf("array %s holds some of %s and also %s, which is not part of this set: %w", md, members, h, backup.ErrNotOurs),
 					"something assembled members of two sets together; stop "+md+" by hand and put `AUTO -all` into mdadm.conf on restore hosts")
 			}
 		}
+	}
+	for _, md := range holders {
 		if now, err := ArrayUUID(ctx, md); err == nil && now == uuid && checkSlots(md, members) == nil {
 			return md, nil
 		}

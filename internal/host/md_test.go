@@ -25,26 +25,16 @@ type disks struct {
 
 func newDisks(t *testing.T) *disks { return &disks{pool: labtest.Pool(t, "xfs", 4<<30)} }
 
-// make returns n devices of 48 MiB that live as long as the test.
+// make returns n devices of 96 MiB that live as long as the test.
 func (d *disks) make(t *testing.T, n int) []string {
 	t.Helper()
 	var out []string
 	for range n {
 		d.count++
 		image := filepath.Join(d.pool, fmt.Sprintf("disk%d", d.count))
-		if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 48<<20)); err != nil {
+		if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 96<<20)); err != nil {
 			t.Fatal(err)
 		}
-		out = append(out, attach(t, image))
-	}
-	return out
-}
-
-// copies returns devices over clones of the disks, in the same order.
-func (d *disks) copies(t *testing.T, of []string) []string {
-	t.Helper()
-	var out []string
-	for _, image := range d.clones(t, of) {
 		out = append(out, attach(t, image))
 	}
 	return out
@@ -53,11 +43,19 @@ func (d *disks) copies(t *testing.T, of []string) []string {
 // clones returns files: FICLONE of the disks.
 func (d *disks) clones(t *testing.T, of []string) []string {
 	t.Helper()
-	var out []string
+	var files []string
 	for _, device := range of {
+		files = append(files, strings.TrimSpace(read(t, "/sys/block/%s/loop/backing_file", filepath.Base(device))))
+	}
+	return d.clonesOfFiles(t, files)
+}
+
+func (d *disks) clonesOfFiles(t *testing.T, files []string) []string {
+	t.Helper()
+	var out []string
+	for _, from := range files {
 		d.count++
 		image := filepath.Join(d.pool, fmt.Sprintf("clone%d", d.count))
-		from := strings.TrimSpace(read(t, "/sys/block/%s/loop/backing_file", filepath.Base(device)))
 		src, err1 := os.Open(from)
 		dst, err2 := os.Create(image)
 		if err := errors.Join(err1, err2); err != nil {

@@ -105,7 +105,7 @@ type Set struct {
 // Member is one volume to snapshot.
 type Member struct {
 	Volume backup.VolumeID
-	Tags   backup.Tags
+	Tags   backup.Tags // at least one of cleancut's
 }
 
 // Taken is the result of a cut.
@@ -146,10 +146,10 @@ type Snapshot struct {
 
 // VolumeSpec describes a volume to make.
 type VolumeSpec struct {
-	Token string            // names the request, so that a repetition finds the first result
+	Token string            // needed: names the request, so that a repetition finds the first result
 	Size  backup.Bytes      // needed when From is empty; else 0 or at least the snapshot's
 	From  backup.SnapshotID // empty: a blank volume
-	Tags  backup.Tags
+	Tags  backup.Tags       // at least one of cleancut's, else List would never show it
 }
 
 // Volume is a described volume.
