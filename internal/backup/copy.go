@@ -2,6 +2,7 @@ package backup
 
 import (
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -58,6 +59,15 @@ type CopyFilesystem struct {
 // Path returns where a path of the original is in the copy: everything keeps
 // its place below the copy's root.
 func (c Copy) Path(original string) string { return filepath.Join(c.Root, original) }
+
+// Original returns what a path in the copy is on production; a path that is
+// not in the copy is returned as it is.
+func (c Copy) Original(inCopy string) string {
+	if rel, ok := strings.CutPrefix(inCopy, c.Root+"/"); ok {
+		return "/" + rel
+	}
+	return inCopy
+}
 
 // PrivateDir is the folder for what cleancut itself puts beside the cluster:
 // socket, configuration, log.

@@ -35,11 +35,11 @@ func SnapshotTags(id ID, cluster string, m Member, count int) Tags {
 }
 
 // Match reports whether t has every tag of want with the same value. An empty
-// want, and one with an empty value, match nothing, so that a lost filter or
-// a lost value never selects everything.
+// want matches nothing, so that a lost filter never selects everything; a tag
+// that is missing does not match an empty value.
 func (t Tags) Match(want Tags) bool {
 	for k, v := range want {
-		if v == "" || t[k] != v {
+		if got, ok := t[k]; !ok || got != v {
 			return false
 		}
 	}

@@ -207,7 +207,7 @@ func (f *Flow) Dump(ctx context.Context, o DumpOptions) (res dump.Result, err er
 	defer release()
 	defer func() { err = errors.Join(err, f.undoCopy(ctx, r.Copy)) }()
 	f.tell("dump", "pg_dumpall")
-	options := dump.Options{Instance: r.Instance, Level: o.Level, Progress: o.Progress}
+	options := dump.Options{Instance: r.Instance, Original: r.Copy.Original, Level: o.Level, Progress: o.Progress}
 	if o.Out != nil {
 		return dump.Run(ctx, o.Out, options)
 	}

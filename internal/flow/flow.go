@@ -122,7 +122,7 @@ func (f *Flow) Backup(ctx context.Context, o BackupOptions) (m backup.Manifest, 
 	now := time.Now().UTC()
 	m = backup.Manifest{Version: backup.ManifestVersion, ID: backup.NewID(now), Cluster: f.Cluster, Tool: f.Tool, Host: f.Host, Created: now,
 		Server: running.Server, Topology: topology}
-	m.Server.Notes = append(m.Server.Notes, notes...)
+	m.Server.Notes = notes // Preflight repeats what Inspect noted
 	intent := backup.Intent{ID: m.ID, Cluster: f.Cluster, Host: f.Host, PID: os.Getpid(), Started: now, Tags: backup.Tags{backup.TagBackup: string(m.ID), backup.TagCluster: f.Cluster}}
 	for _, fs := range topology.Filesystems {
 		intent.Mounts = append(intent.Mounts, fs.Mountpoint)

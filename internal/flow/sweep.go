@@ -145,12 +145,22 @@ func planCopies(x Facts) []Action {
 		a := Action{Kind: RemoveCopy, Name: "copy " + id, Copy: c, Why: "its volumes are here, and this host's state knows nothing of it"}
 		if x.Busy[lockCopy(c.ID)] {
 			a.Kind, a.Why = OnlyList, "it is being made or removed"
-		} else if v.Attached != "" {
+		} else if v, ok := attachedOf(c, x.Inventory); ok {
 			a.Kind, a.Why = OnlyList, a.Why+"; but volume "+string(v.ID)+" is attached as "+v.Attached+" (was the state folder lost? stop what uses it, detach it, sweep again)"
 		}
 		out = append(out, a)
 	}
 	return out
+}
+
+// attachedOf returns a volume of that copy that is in use somewhere.
+func attachedOf(c backup.Copy, inv provider.Inventory) (provider.Volume, bool) {
+	for _, v := range inv.Volumes {
+		if v.Attached != "" && v.Tags[backup.TagCopy] == string(c.ID) {
+			return v, true
+		}
+	}
+	return provider.Volume{}, false
 }
 
 func strangers(x Facts) map[backup.ID]int {

@@ -83,6 +83,7 @@ func TestPlanSweep(t *testing.T) {
 		{"a copy that somebody works on", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForVerify, false)}, Busy: map[string]bool{"copy-" + string(second): true}}, "leave copy " + string(second), "in use by a running verify"},
 		{"volumes of a copy that this host's state does not know", flow.Facts{Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "main", ""), volume(second, "prod", "main", "")}}}, "remove copy copy " + string(second), "knows nothing of it"},
 		{"the same, attached", flow.Facts{Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "main", "/dev/loop7")}}}, "leave copy " + string(second), "attached as /dev/loop7"},
+		{"the same, the second of them attached", flow.Facts{Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "main", ""), volume(second, "prod", "main", "/dev/loop7")}}}, "leave copy " + string(second), "attached as /dev/loop7"},
 		{"the same, worked on", flow.Facts{Busy: map[string]bool{"copy-" + string(second): true}, Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "main", "")}}}, "leave copy " + string(second), "being made or removed"},
 		{"the same of another host", flow.Facts{Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "other", "main", "")}}}, "", ""},
 		{"the same of another cluster", flow.Facts{Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "else", "")}}}, "", ""},

@@ -104,8 +104,8 @@ func AssembleArray(ctx context.Context, members []string, uuid string) (string, 
 }
 
 // checkRoles demands that every device says of itself that it is the member of
-// that slot, and that all are of one set. Some may bear the new UUID already,
-// if a run before this one was cut short.
+// that slot, and that all are of one set. A set that bears the new UUID in part
+// (a run before this one was cut short) is refused: mdadm takes no such set.
 func checkRoles(members []string, uuid string) error {
 	var set string
 	for i, dev := range members {
@@ -116,11 +116,15 @@ func checkRoles(members []string, uuid string) error {
 		if sb.Role != i || sb.RaidDisks != len(members) {
 			return fmt.Errorf("%s is member %d of %d of its array, wanted is member %d of %d: %w", dev, sb.Role, sb.RaidDisks, i, len(members), backup.ErrNotOurs)
 		}
-		if of := sb.SetUUID.String(); of != uuid {
-			if set != "" && of != set {
-				return fmt.Errorf("%s is of array %s, those before it are of %s: %w", dev, of, set, backup.ErrNotOurs)
-			}
+		of := sb.SetUUID.String()
+		switch {
+		case i == 0 || of == set:
 			set = of
+		case of == uuid || set == uuid:
+			return backup.Hint(fmt.Errorf("some of %s bear the new UUID %s and some do not, an assembly was cut short: %w", members, uuid, backup.ErrNotOurs),
+				"remove this copy and restore again")
+		default:
+			return fmt.Errorf("%s is of array %s, those before it are of %s: %w", dev, of, set, backup.ErrNotOurs)
 		}
 	}
 	return nil

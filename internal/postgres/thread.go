@@ -10,11 +10,17 @@ import (
 // onThread runs do on an operating system thread of its own that ends with
 // it: whatever do changes of the thread (ids, mount namespace) touches no
 // other goroutine. A goroutine that returns without unlocking ends its thread
-// (runtime.LockOSThread).
+// (runtime.LockOSThread), except the process's first one, which the runtime
+// keeps: that one is never used, because /proc/self would show its state.
 func onThread(do func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			done <- onThread(do) // on another: this one is held here meanwhile
+			runtime.UnlockOSThread()
+			return
+		}
 		done <- do()
 	}()
 	return <-done

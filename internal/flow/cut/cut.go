@@ -63,7 +63,7 @@ func Run(ctx context.Context, p Provider, o Options) (res Result, err error) {
 	if est := prepared.Estimate(); o.Mode == backup.ModeFreeze && est > o.Deadline/2 {
 		return res, backup.Hint(fmt.Errorf("the snapshots are expected to take %s inside the freeze, more than half of the deadline of %s: %w",
 			est.Round(time.Millisecond), o.Deadline, backup.ErrUnsupported),
-			"the volumes are badly fragmented (see `cleancut doctor`): rewrite them (a restored copy, xfs_fsr on the pool), or allow a longer stop with --deadline")
+			"the volumes are badly fragmented (`cleancut doctor` shows how): move the cluster to fresh volumes, or allow a longer stop with --deadline")
 	}
 	taken, res, err := take(ctx, prepared, o)
 	if err != nil {

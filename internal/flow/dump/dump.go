@@ -25,6 +25,8 @@ import (
 // Options is what to dump and how.
 type Options struct {
 	Instance *postgres.Instance
+	// Original gives the path that a tablespace of the copy has on production.
+	Original func(inCopy string) string
 	Level    int                                // zstd level 1 to 22
 	Progress func(sql, compressed backup.Bytes) // called as bytes pass; may be nil
 }
@@ -59,7 +61,8 @@ func Run(ctx context.Context, w io.Writer, o Options) (Result, error) {
 		}
 	}
 	var said bytes.Buffer
-	cmd.Stdout, cmd.Stderr = in, &said
+	globals := &relocate{w: in, original: o.Original}
+	cmd.Stdout, cmd.Stderr = globals, &said
 	if err := cmd.Run(); err != nil {
 		if ctx.Err() != nil {
 			err = ctx.Err()

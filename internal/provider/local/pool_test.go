@@ -86,7 +86,7 @@ func TestANearlyFullPoolIsRefusedBeforeTheCut(t *testing.T) {
 	defer func() { must(t, filler.Close()) }()
 	must(t, unix.Fallocate(int(filler.Fd()), 0, 0, int64(free(t, dir))-60<<20))
 	_, err = p.Prepare(t.Context(), set(v))
-	refused(t, err, nil, "free", "cleancut prune")
+	refused(t, err, nil, "free", "cleancut delete")
 	if inv := list(t, p); len(inv.Snapshots) > 0 {
 		t.Errorf("left: %+v", inv.Snapshots)
 	}

@@ -93,7 +93,7 @@ func (p *Pool) checkHeadroom() error {
 		return nil
 	}
 	return backup.Hint(fmt.Errorf("pool %s has %s of %s free, less than %s: after a cut overwritten blocks need new space, and production would stop when there is none", p.dir, free, size, need),
-		"delete old backups (`cleancut prune`) or enlarge the pool")
+		"delete old backups (`cleancut delete`) or enlarge the pool")
 }
 
 // openSource checks that a member is an attached volume, opens its file and
