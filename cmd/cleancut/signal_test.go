@@ -111,20 +111,17 @@ func TestSIGINTAndSIGTERMInEveryPhaseLeaveNothing(t *testing.T) {
 	}
 }
 
-// frozenAndStopped runs a backup and halts it (SIGSTOP) while it holds the
-// filesystems frozen; the moment is short, so it takes a few tries.
+// killedWhileFrozen halts a backup (SIGSTOP) while it holds the filesystems
+// frozen and then kills it; the moment is short, so it takes a few tries.
 func (p *production) killedWhileFrozen(t *testing.T, attributes func() *syscall.SysProcAttr, killAll func(cmd *exec.Cmd)) {
 	t.Helper()
 	for range 20 {
-		frozen := false
 		o, _ := p.stopped(t, "host.freeze done", attributes(), func(cmd *exec.Cmd) {
 			_ = cmd.Process.Signal(syscall.SIGSTOP)
-			log, _ := os.ReadFile(strings.TrimSuffix(cmd.Stderr.(*os.File).Name(), ".err") + ".log")
-			points := pointsIn(string(log))
-			// With the freezes behind it and nothing after the clones it has not thawed.
-			frozen = points[len(points)-1] == "host.freeze done" || points[len(points)-1] == "host.freeze" || points[len(points)-1] == "local.clone"
 			killAll(cmd)
 		}, "backup")
+		// Before the last clone was done it cannot have thawed.
+		frozen := slices.Contains([]string{"host.freeze done", "host.freeze", "local.clone"}, o.points[len(o.points)-1])
 		p.flows(t)
 		p.answers(t)
 		if o.code != -1 {
@@ -157,14 +154,59 @@ func TestWhoeverKillsABackupThatFreezesProductionIsThawed(t *testing.T) {
 	})
 	t.Run("its cgroup", func(t *testing.T) {
 		group := newCgroup(t)
-		p.killedWhileFrozen(t, func() *syscall.SysProcAttr {
-			return &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(group.Fd())}
-		}, func(*exec.Cmd) {
-			if err := os.WriteFile(filepath.Join(group.Name(), "cgroup.kill"), []byte("1"), 0); err != nil {
-				t.Error(err)
-			}
-		})
+		p.killedWhileFrozen(t, func() *syscall.SysProcAttr { return inCgroup(group) }, func(*exec.Cmd) { killCgroup(t, group) })
 	})
+}
+
+func inCgroup(group *os.File) *syscall.SysProcAttr {
+	return &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(group.Fd())}
+}
+
+func killCgroup(t *testing.T, group *os.File) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(group.Name(), "cgroup.kill"), []byte("1"), 0); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSIGKILLOfGroupOrCgroupInEveryPhaseIsSwept(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	p := newProduction(t)
+	p.writer(t)
+	id := string(p.backup(t))
+	root := filepath.Join(p.dir, "copy", "a")
+	group := newCgroup(t)
+	for _, c := range []struct {
+		args   []string
+		phases []string
+	}{
+		{[]string{"backup"}, []string{"discover", "cut", "manifest", "complete"}},
+		{[]string{"restore", id, "--to", root}, []string{"snapshots", "volumes", "devices", "mount", "recover"}},
+		{[]string{"verify", "--level", "rows", id}, []string{"check", "undo"}},
+		{[]string{"dump", id}, []string{"dump"}},
+	} {
+		for _, phase := range c.phases {
+			after := func(t *testing.T, o outcome, reached bool) {
+				t.Helper()
+				if !reached || o.code != -1 {
+					t.Errorf("reached %v, exit %d, want it killed\n%s", reached, o.code, o.err)
+				}
+				p.flows(t)
+				p.answers(t)
+				p.swept(t)
+			}
+			t.Run(c.args[0]+" "+phase+", the group", func(t *testing.T) {
+				o, reached := p.stopped(t, "  "+phase+" ", &syscall.SysProcAttr{Setpgid: true}, func(cmd *exec.Cmd) { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }, c.args...)
+				after(t, o, reached)
+			})
+			t.Run(c.args[0]+" "+phase+", the cgroup", func(t *testing.T) {
+				o, reached := p.stopped(t, "  "+phase+" ", inCgroup(group), func(*exec.Cmd) { killCgroup(t, group) }, c.args...)
+				after(t, o, reached)
+			})
+		}
+	}
 }
 
 // newCgroup makes a group in the unified hierarchy, which is mounted if it is

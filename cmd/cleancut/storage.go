@@ -19,7 +19,7 @@ func (a *app) storageCommand() *cobra.Command {
 		RunE: func(*cobra.Command, []string) error {
 			return backup.Hint(fmt.Errorf("%w: storage wants to know what to do", backup.ErrUsage), hint)
 		}}
-	c.AddCommand(a.storageCreateCommand(), a.storageDestroyCommand())
+	c.AddCommand(a.storageCreateCommand(), a.storageAttachCommand(), a.storageDestroyCommand())
 	return c
 }
 
@@ -106,6 +106,34 @@ func (a *app) initPool(c *cobra.Command, s settings) error {
 		}
 	}
 	return local.Init(c.Context(), s.Provider.Local.Pool)
+}
+
+func (a *app) storageAttachCommand() *cobra.Command {
+	var o flow.StorageOptions
+	c := &cobra.Command{
+		Use: "attach NAME", Args: exactly(1, "a name"),
+		Short: "Bring storage back after a reboot: attach its volumes, then by the lines in mdadm.conf and fstab assemble and mount",
+		RunE: func(c *cobra.Command, args []string) error {
+			s, err := a.settings()
+			if err != nil {
+				return err
+			}
+			p, err := a.provider(c.Context(), s)
+			if err != nil {
+				return err
+			}
+			o.Name, o.Host = args[0], s.Host
+			res, err := flow.AttachStorage(c.Context(), p, o)
+			if err != nil {
+				return err
+			}
+			return a.print(res, func() {
+				a.line("%s: %s over %s, mounted", res.Mountpoint, orNone(res.Array), strings.Join(res.Devices, " "))
+			})
+		},
+	}
+	tableFlags(c, &o)
+	return c
 }
 
 func (a *app) storageDestroyCommand() *cobra.Command {

@@ -18,30 +18,34 @@ const allPoints = 64
 
 // flowUnderFault is one command that is stopped at every outside call.
 type flowUnderFault struct {
-	args    func(t *testing.T) []string // makes what the run needs
-	removes func(t *testing.T, o outcome)
-	stay    []string // folders of copies that stand before the run
-	from    string   // only the points from this one on
-	retries bool     // a call that failed is made again
-	always  bool     // removes also what a failed run left
+	args      func(t *testing.T) []string // makes what the run needs
+	removes   func(t *testing.T, o outcome)
+	stay      []string // folders of copies that stand before the run
+	from      string   // only the points from this one on
+	killsOnce bool     // only kills, at each distinct point once
+	retries   bool     // a call that failed is made again
+	always    bool     // removes also what a failed run left
 }
 
 // faults lists what to inject: "kill@7" and the like, by the points of a run
 // that nothing disturbed.
-func faults(points []string, from string) []string {
+func (f flowUnderFault) faults(points []string) []string {
 	var out []string
 	seen := map[string]bool{}
 	start := 0
-	if from != "" {
-		start = slices.Index(points, from)
+	if f.from != "" {
+		start = slices.Index(points, f.from)
 	}
 	every := len(points) <= allPoints
 	for i := max(start, 0); i < len(points); i++ {
-		out = append(out, fmt.Sprintf("kill@%d", i+1))
-		if every || !seen[points[i]] {
+		fresh := !seen[points[i]]
+		seen[points[i]] = true
+		if fresh || !f.killsOnce {
+			out = append(out, fmt.Sprintf("kill@%d", i+1))
+		}
+		if (fresh || every) && !f.killsOnce {
 			out = append(out, fmt.Sprintf("error@%d", i+1), fmt.Sprintf("cancel@%d", i+1))
 		}
-		seen[points[i]] = true
 	}
 	return out
 }
@@ -56,7 +60,7 @@ func (p *production) underFaults(t *testing.T, f flowUnderFault) {
 	p.clean(t, f.stay...)
 	t.Logf("%d points", len(o.points))
 	points := o.points
-	for _, fault := range faults(points, f.from) {
+	for _, fault := range f.faults(points) {
 		var n int
 		action, at, _ := strings.Cut(fault, "@")
 		_, _ = fmt.Sscan(at, &n)
@@ -102,6 +106,10 @@ func judge(t *testing.T, action string, n int, o outcome, left []string) {
 		if len(left) == 0 {
 			t.Error("exit 5, but nothing is left")
 		}
+	case 4: // of verify: the stop that failed is one of its checks
+		if !strings.HasPrefix(o.points[n-1], "postgres.stop") || len(left) > 0 {
+			t.Errorf("exit 4 after %s, left %q", o.points[n-1], left)
+		}
 	default:
 		t.Errorf("exit %d", o.code)
 	}
@@ -132,6 +140,21 @@ func TestEveryFlowStoppedAnywhereLeavesNothing(t *testing.T) {
 	t.Run("restore", func(t *testing.T) {
 		p.underFaults(t, flowUnderFault{removes: undo, args: func(*testing.T) []string { return []string{"restore", string(keeper), "--to", root} }})
 	})
+	none := func(*testing.T, outcome) {}
+	t.Run("undo of a restore", func(t *testing.T) {
+		p.underFaults(t, flowUnderFault{killsOnce: true, removes: none, args: func(t *testing.T) []string {
+			p.must(t, "restore", string(keeper), "--to", root)
+			return []string{"restore", "--undo", root}
+		}})
+	})
+	t.Run("sweep", func(t *testing.T) {
+		p.underFaults(t, flowUnderFault{killsOnce: true, removes: none, args: func(t *testing.T) []string {
+			if o := p.runWith(t, []string{"CLEANCUT_FAULT=kill@27"}, "backup"); o.code != -1 || len(p.leftovers(t)) == 0 {
+				t.Fatalf("a killed backup: exit %d, left %q", o.code, p.leftovers(t))
+			}
+			return []string{"sweep"}
+		}})
+	})
 	var id backup.ID
 	forget := func(t *testing.T, _ outcome) {
 		t.Helper()
@@ -146,7 +169,7 @@ func TestEveryFlowStoppedAnywhereLeavesNothing(t *testing.T) {
 		}})
 	})
 	t.Run("verify", func(t *testing.T) {
-		p.underFaults(t, flowUnderFault{from: "postgres.start.done", removes: func(*testing.T, outcome) {},
+		p.underFaults(t, flowUnderFault{from: "postgres.start.done", removes: none,
 			args: func(*testing.T) []string { return []string{"verify", "--level", "start", string(keeper)} }})
 	})
 	o := p.must(t, "verify", "--level", "rows", "--json", string(keeper))

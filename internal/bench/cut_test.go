@@ -1,8 +1,10 @@
 package bench_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -51,7 +53,7 @@ func (p *production) measureCuts(b *testing.B) {
 	pause(b, 2*time.Second) // pgbench's log is written in blocks
 	transactions, perSecond := load.stop(b)
 
-	var freeze, spread, take, hold, gap, thaw, rounds, stall, else0 figures
+	var freeze, spread, take, gap, thaw, rounds, stall, later figures
 	each := map[string]figures{}
 	var order []string
 	for _, m := range all {
@@ -68,8 +70,7 @@ func (p *production) measureCuts(b *testing.B) {
 			}
 		}
 		freeze, spread = append(freeze, c.FreezeMS), append(spread, c.SpreadMS)
-		hold, gap = append(hold, ms(lastHeld.Sub(first))), append(gap, ms(asked.Sub(lastHeld)))
-		take, thaw = append(take, ms(answered.Sub(asked))), append(thaw, ms(last.Sub(answered)))
+		gap, take, thaw = append(gap, ms(asked.Sub(lastHeld))), append(take, ms(answered.Sub(asked))), append(thaw, ms(last.Sub(answered)))
 		rounds = append(rounds, float64(len(c.SyncRounds)))
 		for _, f := range c.Frozen {
 			name := filepath.Base(f.Mountpoint)
@@ -80,7 +81,7 @@ func (p *production) measureCuts(b *testing.B) {
 		}
 		stall = append(stall, ms(slowest(transactions, first, last)))
 		after := last.Add(quiet / 2)
-		else0 = append(else0, ms(slowest(transactions, after, after.Add(last.Sub(first)))))
+		later = append(later, ms(slowest(transactions, after, after.Add(last.Sub(first)))))
 	}
 	b.ReportMetric(freeze.p50(), "freeze-p50-ms")
 	b.ReportMetric(freeze.p95(), "freeze-p95-ms")
@@ -88,15 +89,22 @@ func (p *production) measureCuts(b *testing.B) {
 	b.ReportMetric(spread.p95(), "spread-p95-ms")
 	b.ReportMetric(stall.p50(), "stall-p50-ms")
 	b.ReportMetric(stall.p95(), "stall-p95-ms")
-	b.Logf("%d cuts under %.0f transactions/s; extents of the four volumes: %.0f at first, %.0f at last; syncfs rounds p50 %.0f, max %.0f", cuts, perSecond, extents[0], extents[len(extents)-1], rounds.p50(), rounds.max())
-	b.Logf("freeze to thaw        p50 %6.1f  p95 %6.1f  max %6.1f ms", freeze.p50(), freeze.p95(), freeze.max())
-	for _, name := range order {
-		b.Logf("  FIFREEZE %-9s  p50 %6.1f  p95 %6.1f  max %6.1f ms", name, each[name].p50(), each[name].p95(), each[name].max())
+	table := []string{fmt.Sprintf("%d cuts under %.0f transactions/s; extents of the four volumes: %.0f at first, %.0f at last; syncfs rounds: p50 %.0f, max %.0f",
+		cuts, perSecond, extents[0], extents[len(extents)-1], rounds.p50(), rounds.max())}
+	row := func(name string, f figures) {
+		table = append(table, fmt.Sprintf("%-28s p50 %7.1f  p95 %7.1f  max %7.1f ms", name, f.p50(), f.p95(), f.max()))
 	}
-	b.Logf("  to the 1st request  p50 %6.1f  p95 %6.1f  max %6.1f ms", gap.p50(), gap.p95(), gap.max())
-	b.Logf("  snapshots           p50 %6.1f  p95 %6.1f  max %6.1f ms (all FIFREEZE %.1f, %.1f, %.1f)", take.p50(), take.p95(), take.max(), hold.p50(), hold.p95(), hold.max())
-	b.Logf("  to the last FITHAW  p50 %6.1f  p95 %6.1f  max %6.1f ms", thaw.p50(), thaw.p95(), thaw.max())
-	b.Logf("slowest transaction   p50 %6.1f  p95 %6.1f  max %6.1f ms; as long a while later: p50 %.1f  p95 %.1f  max %.1f ms", stall.p50(), stall.p95(), stall.max(), else0.p50(), else0.p95(), else0.max())
+	row("freeze to thaw", freeze)
+	for _, name := range order {
+		row("  FIFREEZE of "+name, each[name])
+	}
+	row("  until the first request", gap)
+	row("  snapshots", take)
+	row("  until the last FITHAW", thaw)
+	row("spread of the requests", spread)
+	row("slowest transaction", stall)
+	row("  as long a while later", later)
+	b.Log(strings.Join(table, "\n"))
 }
 
 // fiemap is struct fiemap of Linux include/uapi/linux/fiemap.h without its

@@ -134,16 +134,17 @@ func (s *story) reboot(ctx context.Context) error {
 			return err
 		}
 	}
-	for i, v := range slices.Backward(s.storage.Volumes) { // another order of devices than before
-		if s.storage.Devices[i], err = p.Attach(ctx, v); err != nil {
+	for _, v := range slices.Backward(s.storage.Volumes) { // another order of devices than before
+		if _, err := p.Attach(ctx, v); err != nil {
 			return err
 		}
 	}
-	if _, err := host.Run(ctx, "mdadm", "--assemble", "--scan", "--config="+s.mdadmConf()); err != nil {
+	res, err := flow.AttachStorage(ctx, p, s.options)
+	if err != nil {
 		return err
 	}
-	_, err = host.Run(ctx, "mount", "--fstab", s.fstab(), s.mnt)
-	return err
+	s.storage.Devices = res.Devices
+	return nil
 }
 
 // Step 3.

@@ -19,6 +19,11 @@ func CreateStorage(ctx context.Context, p provider.Provider, o StorageOptions) (
 	return storage.Create(ctx, p, o)
 }
 
+// AttachStorage brings it back after a reboot.
+func AttachStorage(ctx context.Context, p provider.Provider, o StorageOptions) (StorageResult, error) {
+	return storage.Attach(ctx, p, o)
+}
+
 // DestroyStorage removes what CreateStorage made under that name on that host.
 func DestroyStorage(ctx context.Context, p provider.Provider, o StorageOptions) error {
 	return storage.Destroy(ctx, p, o)

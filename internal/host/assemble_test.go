@@ -4,10 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"testing"; "time"
+	"testing"
 
 	"cleancut/internal/backup"
 	"cleancut/internal/host"
@@ -109,8 +110,8 @@ func TestACopyOfAnArrayStandsBesideItsOriginal(t *testing.T) {
 	if !labtest.Here(t, labtest.MD) {
 		return
 	}
-	t0 := time.Now(); d := newDisks(t); t.Log("pool", time.Since(t0))
-	members, dev := filled(t, d); t.Log("filled", time.Since(t0)); defer func() { t.Log("end", time.Since(t0)) }()
+	d := newDisks(t)
+	members, dev := filled(t, d)
 	original := setUUID(t, members[0])
 	copies := attachAll(t, d.frozenCopies(t, members, dev))
 	other := d.make(t, 4)
@@ -208,13 +209,16 @@ func TestArraysThatUdevAssembledAreTakenOver(t *testing.T) {
 	if !labtest.Here(t, labtest.MD) {
 		return
 	}
-	t0 := time.Now(); d := newDisks(t); t.Log("pool", time.Since(t0))
-	members, dev := filled(t, d); t.Log("filled", time.Since(t0)); defer func() { t.Log("end", time.Since(t0)) }()
+	d := newDisks(t)
+	members, dev := filled(t, d)
 	images := [][]string{d.frozenCopies(t, members, dev), d.frozenCopies(t, members, dev), d.frozenCopies(t, members, dev)}
 	if err := host.Release(t.Context(), members); err != nil { // udev assembles no second array of a UUID
 		t.Fatal(err)
 	}
-	run(t, "/lib/systemd/systemd-udevd", "--daemon")
+	// Not by run: the daemon would keep its pipe open.
+	if err := exec.Command("/lib/systemd/systemd-udevd", "--daemon").Run(); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() { run(t, "udevadm", "control", "--exit") })
 	run(t, "udevadm", "trigger", "--subsystem-match=block")
 	run(t, "udevadm", "settle")

@@ -15,6 +15,7 @@ import (
 	"cleancut/internal/backup"
 	"cleancut/internal/host"
 	"cleancut/internal/lab/labtest"
+	"cleancut/internal/provider/providertest"
 )
 
 // disks are loop devices over files in a pool that can clone.
@@ -23,7 +24,7 @@ type disks struct {
 	count int
 }
 
-func newDisks(t *testing.T) *disks { return &disks{pool: labtest.Pool(t, "xfs", 4<<30)} }
+func newDisks(t *testing.T) *disks { return &disks{pool: providertest.Mount(t, "xfs", 4<<30)} }
 
 // make returns n devices of 96 MiB that live as long as the test.
 func (d *disks) make(t *testing.T, n int) []string {

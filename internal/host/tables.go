@@ -29,6 +29,20 @@ func AddLine(file, name, line string) error {
 // is gone, only the first comment goes.
 func RemoveLine(file, name string) error { return editTable(file, name, nil) }
 
+// LineOf returns the line that AddLine wrote under that name, ErrNotFound if
+// there is none.
+func LineOf(file, name string) (string, error) {
+	b, err := os.ReadFile(file)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return "", fmt.Errorf("read %s: %w", file, err)
+	}
+	lines := strings.Split(string(b), "\n")
+	if i := slices.Index(lines, marker(name)); i >= 0 && i+2 < len(lines) && lines[i+2] == endMarker(name) {
+		return lines[i+1], nil
+	}
+	return "", fmt.Errorf("line of storage %s in %s: %w", name, file, backup.ErrNotFound)
+}
+
 func marker(name string) string    { return "# cleancut storage " + name }
 func endMarker(name string) string { return "# end of cleancut storage " + name }
 

@@ -195,6 +195,38 @@ func TestRecoveryReachesTheFlushedRecordEndThoughAllWALBehindItIsLost(t *testing
 	}
 }
 
+// The checkpoint at the end of recovery begins behind the lost record here, so
+// its position would promise too much.
+func TestTheEndOfRecoveryDoesNotCountARecordThatLacksItsTail(t *testing.T) {
+	t.Parallel()
+	dir := pgtest.Folder(t)
+	s := pgtest.New(t, pgtest.Options{Dir: dir, WALDir: filepath.Join(dir, "wal"), Settings: calm})
+	pgtest.Mkdir(t, filepath.Join(dir, "space"))
+	c := &cluster{Server: s, running: inspect(t, s)}
+	conn := s.Connect(t, "postgres")
+	query(t, conn, `SELECT pg_logical_emit_message(true, 'whole', '')::text`)
+	before, err := postgres.FlushedRecordEnd(t.Context(), conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	end, err := backup.ParseLSN(query(t, conn, `SELECT pg_logical_emit_message(true, 'torn', repeat('x', 50000))::text`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Crash(t)
+	p := c.copyFiles(t)
+	cut := end - end%8192 // the last page boundary inside of the record
+	loseWAL(t, filepath.Join(p.Root, "wal"), cut)
+	inst := start(t, p)
+	if inst.EndOfRecovery < before || inst.EndOfRecovery >= cut {
+		t.Errorf("recovery ended at %s, want it between %s and %s", inst.EndOfRecovery, before, cut)
+	}
+	control, err := postgres.ReadControl(filepath.Join(p.Data, "global", "pg_control"))
+	if err != nil || backup.LSN(control.RedoLSN) <= cut {
+		t.Errorf("the checkpoint is at %s (%v), want it behind %s, else EndOfRecovery could come from it", backup.LSN(control.RedoLSN), err, cut)
+	}
+}
+
 // loseWAL overwrites all WAL from lsn on with zeros, as a power cut leaves it
 // at worst: all that was flushed is there, and nothing else.
 func loseWAL(t *testing.T, dir string, lsn backup.LSN) {

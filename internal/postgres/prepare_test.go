@@ -1,7 +1,6 @@
 package postgres_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -263,62 +262,5 @@ func TestLinksOfAHostileImageReachNothingOutside(t *testing.T) {
 				t.Error(err)
 			}
 		})
-	}
-}
-
-// Redo of CREATE TABLESPACE uses production's path literally: on production's
-// host it would set permissions there and, before 15, empty it.
-func TestRecoveryOfAFreshTablespaceDoesNotTouchTheOriginal(t *testing.T) {
-	t.Parallel()
-	needRoot(t)
-	c := newCluster(t, nil) // its tablespace is newer than the last checkpoint
-	c.Crash(t)
-	p := c.copyFiles(t)
-	before := snapshotOf(t, c.Dir)
-	inst := start(t, p)
-	if got := ask[int](t, inst, "SELECT count(*)::int FROM far_away"); got != 1000 {
-		t.Errorf("got %d rows, want 1000", got)
-	}
-	link := filepath.Join(p.Data, c.running.Tablespaces[0].Link)
-	if got, err := os.Readlink(link); err != nil || got != filepath.Join(p.Root, "space") {
-		t.Errorf("the copy's tablespace leads to %s (%v), want %s/space", got, err, p.Root)
-	}
-	ask[string](t, inst, "SELECT 'writes go to the copy' FROM pg_switch_wal()")
-	conn, err := inst.Connect(t.Context(), "postgres")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := conn.Exec(t.Context(), "INSERT INTO far_away SELECT generate_series(1, 50000); CHECKPOINT"); err != nil {
-		t.Error(err)
-	}
-	_ = conn.Close(t.Context())
-	if err := inst.Stop(t.Context()); err != nil {
-		t.Error(err)
-	}
-	if after := snapshotOf(t, c.Dir); after != before {
-		t.Errorf("the original was changed from\n%sto\n%s", before, after)
-	}
-}
-
-func TestACopysServerCannotWriteToTheHost(t *testing.T) {
-	t.Parallel()
-	needRoot(t)
-	c := newCluster(t, nil)
-	c.Stop(t)
-	victim := pgtest.Mkdir(t, filepath.Join(pgtest.Folder(t), "victim"))
-	inst := start(t, c.copyFiles(t))
-	conn, err := inst.Connect(t.Context(), "postgres")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = conn.Close(context.WithoutCancel(t.Context())) }()
-	if _, err := conn.Exec(t.Context(), "COPY (SELECT 1) TO '"+victim+"/x'"); err == nil || !strings.Contains(err.Error(), "Read-only file system") {
-		t.Errorf("got %v, want a read-only filesystem", err)
-	}
-	if _, err := conn.Exec(t.Context(), "COPY (SELECT 1) TO '"+inst.Root+"/data/inside'"); err != nil {
-		t.Errorf("inside the copy: %v", err)
-	}
-	if err := os.WriteFile(filepath.Join(victim, "y"), nil, 0o600); err != nil {
-		t.Errorf("this process: %v", err)
 	}
 }

@@ -10,6 +10,8 @@
   const font = '13px system-ui, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif';
   const row = 19; // height of a line of labels
   const plots = [];
+  // All plots leave the same room for their figures, so that a second stands at the same place in each.
+  const gutter = 18 + 7.8 * Math.max(4, ...data.plots.map((s) => numbers.format(Math.round(s.v.reduce((a, b) => Math.max(a, b), 0))).length));
 
   const color = (name) => getComputedStyle(root).getPropertyValue("--" + name).trim();
 
@@ -20,16 +22,21 @@
     return ms % 1000 ? head + "." + String(ms % 1000).padStart(3, "0").replace(/0+$/, "") : head;
   };
 
-  // place finds a row for each mark's label: its number and name, or only its
-  // number where there is no room for more. The list below the plots names all.
+  // place finds a row for each mark's label: number and name, only the number
+  // where there is no room for more, and numbers alone where that would still
+  // leave a mark without label. The list below the plots names all.
   const place = (ctx, at, left, right, rows, scale) => {
+    const seen = data.marks.filter((m) => at(m.to) >= left && at(m.from) <= right);
+    const labels = fit(ctx, seen, (m) => [m.n + " " + m.name, String(m.n)], at, left, right, rows, scale);
+    return labels.length === seen.length ? labels : fit(ctx, seen, (m) => [String(m.n)], at, left, right, rows, scale);
+  };
+
+  const fit = (ctx, marks, texts, at, left, right, rows, scale) => {
     const ends = new Array(rows).fill(-Infinity), out = [];
-    for (const m of data.marks) {
-      const from = at(m.from), to = at(m.to);
-      if (to < left || from > right) continue;
-      for (const text of [m.n + " " + m.name, String(m.n)]) {
+    for (const m of marks) {
+      for (const text of texts(m)) {
         const width = ctx.measureText(text).width + 10 * scale;
-        const x = Math.max(left, Math.min(Math.max(from, left), right - width));
+        const x = Math.max(left, Math.min(at(m.from), right - width));
         const free = ends.findIndex((end) => x > end + 3 * scale);
         if (free < 0 || width > right - left) continue;
         ends[free] = x + width;
@@ -43,7 +50,7 @@
   const rowsAt = (width) => {
     const ctx = document.createElement("canvas").getContext("2d");
     ctx.font = font;
-    const left = 60, right = width - 12;
+    const left = gutter, right = width - 20;
     const at = (t) => left + (right - left) * t / (data.end || 1);
     return Math.max(0, ...place(ctx, at, left, right, 4, 1).map((l) => l.row + 1));
   };
@@ -89,6 +96,7 @@
     ctx.save();
     ctx.font = font.replace("13px", 13 * scale + "px");
     ctx.textBaseline = "middle";
+    ctx.textAlign = "left";
     const rows = rowsAt(u.width), labels = place(ctx, at, left, left + width, rows, scale);
     for (const { m, row: r } of labels) {
       const x = Math.max(left, at(m.from));
@@ -143,14 +151,14 @@
 
   const options = (series, width) => ({
     width, height: height(width),
-    padding: [(u) => rowsAt(u.width) * row + 8, 12, 0, 0],
+    padding: [(u) => rowsAt(u.width) * row + 8, 20, 0, 0],
     scales: {
       x: { time: false, range: (u, min, max) => [min, max] },
       y: { range: (u, min, max) => [Math.min(0, min || 0), max > 0 ? max * 1.08 : 1] },
     },
     axes: [
-      axis({ space: 64, incrs: [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200, 86400], values: (u, ticks) => ticks.map(clock) }),
-      axis({ space: 34, values: (u, ticks) => ticks.map((v) => numbers.format(v)), size: (u, values) => 16 + 7.6 * Math.max(3, ...(values || []).map((v) => v.length)) }),
+      axis({ space: 64, size: 34, incrs: [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200, 86400], values: (u, ticks) => ticks.map(clock) }),
+      axis({ space: 34, values: (u, ticks) => ticks.map((v) => numbers.format(v)), size: () => gutter }),
     ],
     series: [
       { label: "Time", value: (u, v) => v == null ? "–" : clock(v) },
@@ -189,14 +197,14 @@
     }
   });
 
-  const redraw = () => plots.forEach((u) => u.redraw());
+  const redraw = () => plots.forEach((u) => u.redraw(true, true));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   addEventListener("beforeprint", () => {
     root.dataset.print = "";
-    plots.forEach((u) => { resize(u, 640); u.redraw(); });
+    plots.forEach((u) => { resize(u, 640); u.redraw(true, true); });
   });
   addEventListener("afterprint", () => {
     delete root.dataset.print;
-    plots.forEach((u, i) => { resize(u, boxes[i].clientWidth); u.redraw(); });
+    plots.forEach((u, i) => { resize(u, boxes[i].clientWidth); u.redraw(true, true); });
   });
 })();
