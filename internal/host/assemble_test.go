@@ -211,7 +211,7 @@ func TestArraysThatUdevAssembledAreTakenOver(t *testing.T) {
 	}
 	d := newDisks(t)
 	members, dev := filled(t, d)
-	images := [][]string{d.frozenCopies(t, members, dev), d.frozenCopies(t, members, dev), d.frozenCopies(t, members, dev)}
+	image := d.frozenCopies(t, members, dev)
 	if err := host.Release(t.Context(), members); err != nil { // udev assembles no second array of a UUID
 		t.Fatal(err)
 	}
@@ -227,7 +227,7 @@ func TestArraysThatUdevAssembledAreTakenOver(t *testing.T) {
 	}
 
 	t.Run("every member is ours: stopped and assembled anew", func(t *testing.T) {
-		copies := attachAll(t, images[0])
+		copies := attachAll(t, d.clonesOfFiles(t, image))
 		var auto []string
 		eventually(t, "udev has assembled the copies", func() bool {
 			run(t, "udevadm", "settle")
@@ -262,20 +262,22 @@ func TestArraysThatUdevAssembledAreTakenOver(t *testing.T) {
 	})
 
 	t.Run("assembled while udev does the same", func(t *testing.T) {
-		copies := attachAll(t, images[2]) // and no wait for udev
-		got, err := host.AssembleArray(t.Context(), copies, host.NewArrayUUID())
-		if err != nil {
-			t.Fatal(err)
-		}
-		holdsContent(t, got)
-		if err := host.Release(t.Context(), copies); err != nil {
-			t.Error(err)
+		for range 3 {
+			copies := attachAll(t, d.clonesOfFiles(t, image)) // and no wait for udev
+			got, err := host.AssembleArray(t.Context(), copies, host.NewArrayUUID())
+			if err != nil {
+				t.Fatal(err)
+			}
+			holdsContent(t, got)
+			if err := host.Release(t.Context(), copies); err != nil {
+				t.Error(err)
+			}
 		}
 	})
 
 	t.Run("one member is of another set: refused, and nothing is stopped", func(t *testing.T) {
-		a := attachAll(t, d.clonesOfFiles(t, images[1]))
-		b := attachAll(t, d.clonesOfFiles(t, images[1]))
+		a := attachAll(t, d.clonesOfFiles(t, image))
+		b := attachAll(t, d.clonesOfFiles(t, image))
 		run(t, "udevadm", "settle")
 		if err := host.Release(t.Context(), append(slices.Clone(a), b...)); err != nil {
 			t.Fatal(err)

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"cleancut/internal/backup"
 )
 
@@ -69,6 +71,11 @@ func AssembleArray(ctx context.Context, members []string, uuid string) (string, 
 	if err != nil {
 		return "", err
 	}
+	unlock, err := lockDevices(ctx, members)
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
 	if err := checkRoles(members, uuid); err != nil {
 		return "", err
 	}
@@ -128,6 +135,54 @@ func checkRoles(members []string, uuid string) error {
 		}
 	}
 	return nil
+}
+
+// lockDevices keeps systemd-udevd away from the whole devices below members
+// (systemd.io/BLOCK_DEVICE_LOCKING: flock, whose holder udevd waits for): if
+// its `mdadm --incremental` took one while ours writes the new UUID, the set
+// would bear two. It waits for the events that are being handled.
+func lockDevices(ctx context.Context, members []string) (unlock func(), err error) {
+	var held []*os.File
+	unlock = func() {
+		for _, f := range held {
+			_ = f.Close()
+		}
+	}
+	for _, m := range members {
+		whole, err := wholeDevice(m)
+		if err != nil {
+			unlock()
+			return nil, err
+		}
+		if slices.ContainsFunc(held, func(f *os.File) bool { return f.Name() == whole }) {
+			continue
+		}
+		f, err := os.Open(whole)
+		if err != nil {
+			unlock()
+			return nil, fmt.Errorf("lock member: %w", err)
+		}
+		held = append(held, f)
+		for unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+			if err := pause(ctx, 20*time.Millisecond); err != nil {
+				unlock()
+				return nil, fmt.Errorf("lock %s against udev: %w", whole, err)
+			}
+		}
+	}
+	return unlock, nil
+}
+
+// wholeDevice returns the device that a partition is on, else the device.
+func wholeDevice(device string) (string, error) {
+	dir, err := filepath.EvalSymlinks(filepath.Join("/sys/class/block", filepath.Base(device)))
+	if err != nil {
+		return "", fmt.Errorf("sysfs of %s: %w", device, err)
+	}
+	if exists(dir, "partition") {
+		dir = filepath.Dir(dir)
+	}
+	return "/dev/" + filepath.Base(dir), nil
 }
 
 // stopOurs stops what a failed assembly left at dev: mdadm leaves an array

@@ -37,7 +37,7 @@ func TestLinesOfTables(t *testing.T) {
 	is("")
 
 	ok(os.WriteFile(file, []byte(fstab), 0o640))
-	ok(os.Chown(file, 1, 2))
+	ok(os.Chmod(file, 0o640))
 	ok(host.AddLine(file, "a", "one"))
 	ok(host.AddLine(file, "ab", "two"))
 	ok(host.AddLine(file, "a", "three"))

@@ -323,20 +323,17 @@ func TestUnmountAndReleaseTakeTheirOwnAndNoMore(t *testing.T) {
 			t.Fatal(err)
 		}
 		run(t, "mount", others, inner)
-		run(t, "mount", ours, dir)
 		bound := t.TempDir()
-		run(t, "mount", "--bind", dir, bound)
-		run(t, "umount", dir) // so that the nested one can be reached
-		run(t, "mount", "--bind", dir, dir)
-		run(t, "mount", "--bind", dir, dir)
+		for range 3 { // stacked
+			run(t, "mount", "--bind", dir, bound)
+		}
 		for range 2 {
-			err := host.Release(t.Context(), []string{ours, others})
-			if err != nil && !errors.Is(err, backup.ErrInUse) {
+			if err := host.Release(t.Context(), []string{ours, others}); err != nil {
 				t.Error(err)
 			}
 		}
 		for _, m := range append(mountsOf(t, ours), mountsOf(t, others)...) {
-			t.Logf("still there: %+v", m)
+			t.Errorf("still there: %+v", m)
 		}
 	})
 	t.Run("empty folders go, up to the root and no further", func(t *testing.T) {

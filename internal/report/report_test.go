@@ -90,11 +90,20 @@ func cut() []report.Bar {
 
 func steps() []report.Step {
 	out := []report.Step{
-		{Name: "Make 4 volumes of equal size and attach them", Seconds: 0.412, Facts: []report.Fact{{"Devices", "/dev/loop4 /dev/loop5 /dev/loop6 /dev/loop7"}, {"Size", "4 × 1 GiB"}}},
-		{Name: "Stripe them, make a file system, mount it", Seconds: 2.81, Facts: []report.Fact{{"Array", "clean, 4 members, 256 KiB chunks"}, {"Mount options", "rw,noatime,attr2,inode64,logbufs=8,logbsize=32k,sunit=512,swidth=2048,noquota"}}},
+		{Name: "Make 4 volumes of equal size and attach them", Seconds: 0.412, Facts: []report.Fact{
+			{"Devices", "/dev/loop4 /dev/loop5 /dev/loop6 /dev/loop7"}, {"Size", "4 × 1 GiB"},
+		}},
+		{Name: "Stripe them, make a file system, mount it", Seconds: 2.81, Facts: []report.Fact{
+			{"Array", "clean, 4 members, 256 KiB chunks"},
+			{"Mount options", "rw,noatime,attr2,inode64,logbufs=8,logbsize=32k,sunit=512,swidth=2048,noquota"},
+		}},
 		{Name: "Load a play database", Seconds: 74.2, Facts: []report.Fact{{"Rows", "1,200,000"}, {"Size", "412 MB"}}},
-		{Name: "The cut: all volumes at once", Seconds: 0.474, Facts: []report.Fact{{"Frozen", "41.6 ms"}, {"Spread of the requests", "1.2 ms"}, {"Cut achieved", "atomic"}}},
-		{Name: "Compare the copy with what production promised", Seconds: 3.2, Facts: []report.Fact{{"Acknowledged before the cut", "271,334"}, {"Found", "271,341"}, {"Missing", "0"}}},
+		{Name: "The cut: all volumes at once", Seconds: 0.474, Facts: []report.Fact{
+			{"Frozen", "41.6 ms"}, {"Spread of the requests", "1.2 ms"}, {"Cut achieved", "atomic"},
+		}},
+		{Name: "Compare the copy with what production promised", Seconds: 3.2, Facts: []report.Fact{
+			{"Acknowledged before the cut", "271,334"}, {"Found", "271,341"}, {"Missing", "0"},
+		}},
 		{Name: "Remove everything", Seconds: 1.9},
 	}
 	for i := range out {
@@ -172,7 +181,11 @@ func TestTextThatIsNotUTF8IsMended(t *testing.T) {
 
 func TestNothingIsFetched(t *testing.T) {
 	got := written(t, demo())
-	for _, pattern := range []string{`(?i)(src|href|action|data|poster|srcset)\s*=\s*["']?\s*(https?:)?//`, `(?i)url\(`, `(?i)@import`, `(?i)<(link|img|iframe|object|embed|base)\b`, `\bfetch\(|XMLHttpRequest|WebSocket|importScripts|sendBeacon`} {
+	for _, pattern := range []string{
+		`(?i)(src|href|action|data|poster|srcset)\s*=\s*["']?\s*(https?:)?//`,
+		`(?i)url\(`, `(?i)@import`, `(?i)<(link|img|iframe|object|embed|base)\b`,
+		`\bfetch\(|XMLHttpRequest|WebSocket|importScripts|sendBeacon`,
+	} {
 		if m := regexp.MustCompile(pattern).FindString(got); m != "" {
 			t.Errorf("the page may fetch something: %q", m)
 		}
@@ -189,8 +202,9 @@ func TestAPageWithoutDataSaysSo(t *testing.T) {
 	for name, p := range map[string]report.Page{
 		"an empty page":  {OK: true},
 		"an empty array": {OK: true, Throughput: []report.Series{{Name: "inserts"}}},
-		"only what is not a number": {OK: true, Throughput: []report.Series{{Name: "inserts", Points: []report.Point{{start(), math.NaN()}, {after(1), math.Inf(1)}, {time.Time{}, 1}}}},
-			Marks: []report.Mark{{Name: "backup"}}, Gantt: []report.Bar{{Lane: "thaw"}}},
+		"only what is not a number": {OK: true,
+			Throughput: []report.Series{{Name: "inserts", Points: []report.Point{{start(), math.NaN()}, {after(1), math.Inf(1)}, {time.Time{}, 1}}}},
+			Marks:      []report.Mark{{Name: "backup"}}, Gantt: []report.Bar{{Lane: "thaw"}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got := written(t, p)
