@@ -5,6 +5,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -116,8 +117,10 @@ func TestSIGINTAndSIGTERMInEveryPhaseLeaveNothing(t *testing.T) {
 func (p *production) killedWhileFrozen(t *testing.T, attributes func() *syscall.SysProcAttr, killAll func(cmd *exec.Cmd)) {
 	t.Helper()
 	for range 20 {
+		var watchdogs []int
 		o, _ := p.stopped(t, "host.freeze done", attributes(), func(cmd *exec.Cmd) {
 			_ = cmd.Process.Signal(syscall.SIGSTOP)
+			watchdogs = processes(p.dir, "watchdog")
 			killAll(cmd)
 		}, "backup")
 		// Before the last clone was done it cannot have thawed.
@@ -126,6 +129,13 @@ func (p *production) killedWhileFrozen(t *testing.T, attributes func() *syscall.
 		p.answers(t)
 		if o.code != -1 {
 			t.Errorf("exit %d, want it killed\n%s", o.code, o.err)
+		}
+		for _, pid := range watchdogs {
+			for _, root := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/unified/"} {
+				if _, err := os.Stat(root + "cleancut-watchdog-" + strconv.Itoa(pid)); err == nil {
+					t.Errorf("the watchdog %d left its cgroup", pid)
+				}
+			}
 		}
 		p.swept(t)
 		if frozen {
