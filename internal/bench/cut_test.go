@@ -16,7 +16,9 @@ import (
 )
 
 const (
-	cuts       = 40     // of each kind
+	clusters   = 4      // made anew for the fresh cuts: cuts under load age volumes
+	cutsEach   = 10     // fresh ones on each of them
+	agedCuts   = 32     // on one
 	agedEnough = 100000 // extents of one volume
 	quiet      = 500 * time.Millisecond
 )
@@ -25,86 +27,133 @@ const (
 // filesystems while pgbench writes to all of them, and where that time goes:
 // on volumes as they are made, and with one of them in 100,000 extents.
 func BenchmarkCut(b *testing.B) {
-	p := newProduction(b, map[string]string{"checkpoint_timeout": "30s"})
-	p.fill(b, 20)
-	b.Run("fresh", func(b *testing.B) { once(b, func() { p.measureCuts(b) }) })
+	settings := map[string]string{"checkpoint_timeout": "30s"}
+	b.Run("fresh", func(b *testing.B) {
+		var all []*production
+		for range clusters {
+			p := newProduction(b, settings)
+			p.fill(b, 10)
+			p.server.Stop(b)
+			all = append(all, p)
+		}
+		once(b, func() {
+			var seen []observed
+			for _, p := range all {
+				p.server.Start(b)
+				seen = append(seen, p.cutUnderLoad(b, cutsEach)...)
+				p.server.Stop(b)
+			}
+			report(b, seen)
+		})
+	})
 	b.Run("aged", func(b *testing.B) {
+		p := newProduction(b, settings)
+		p.fill(b, 10)
 		p.age(b, onTables)
-		once(b, func() { p.measureCuts(b) })
+		once(b, func() { report(b, p.cutUnderLoad(b, agedCuts)) })
 	})
 }
 
-// measureCuts takes backups under load and reports on their cuts.
-func (p *production) measureCuts(b *testing.B) {
+// observed is a cut and what was seen beside its manifest.
+type observed struct {
+	cut         backup.Cut
+	snapshots   []backup.Snapshot
+	extents     float64 // of all volumes, before
+	stall, calm float64 // ms of the slowest transaction during the freeze, and in as long a while later
+	perSecond   float64 // transactions, in the whole run
+}
+
+// frozen returns the whole of the freeze.
+func (o observed) frozen() (from, held, to time.Time) {
+	from, held, to = o.cut.Frozen[0].Called, o.cut.Frozen[0].Held, o.cut.Frozen[0].Thawed
+	for _, f := range o.cut.Frozen {
+		from, held, to = earlier(from, f.Called), later(held, f.Held), later(to, f.Thawed)
+	}
+	return from, held, to
+}
+
+// cutUnderLoad takes backups one after the other while pgbench runs.
+func (p *production) cutUnderLoad(b *testing.B, n int) []observed {
 	b.Helper()
 	load := p.pgbench(b)
 	pause(b, 2*time.Second)
-	var all []backup.Manifest
-	var extents figures
-	for range cuts {
-		n := 0.0
+	var seen []observed
+	for range n {
+		var extents float64
 		for _, image := range p.images {
-			n += float64(countExtents(b, image))
+			extents += float64(countExtents(b, image))
 		}
-		extents = append(extents, n)
-		all = append(all, p.backup(b))
+		m := p.backup(b)
+		seen = append(seen, observed{cut: m.Cut, snapshots: m.Snapshots, extents: extents})
 		pause(b, quiet)
 	}
 	pause(b, 2*time.Second) // pgbench's log is written in blocks
 	transactions, perSecond := load.stop(b)
+	for i := range seen {
+		from, _, to := seen[i].frozen()
+		seen[i].stall = ms(slowest(transactions, from, to))
+		from, to = to.Add(quiet/2), to.Add(quiet/2+to.Sub(from))
+		seen[i].calm, seen[i].perSecond = ms(slowest(transactions, from, to)), perSecond
+	}
+	return seen
+}
 
-	var freeze, spread, take, gap, thaw, rounds, stall, later figures
+// report says how long the cuts took and where the time went.
+func report(b *testing.B, seen []observed) {
+	b.Helper()
+	var freeze, spread, take, rest, rounds, stall, calm, extents, perExtent, rate figures
 	each := map[string]figures{}
 	var order []string
-	for _, m := range all {
-		c := m.Cut
-		first, last := c.Frozen[0].Called, c.Frozen[0].Thawed // in the order of the freezes; thawed in reverse
-		lastHeld := c.Frozen[len(c.Frozen)-1].Held
-		asked, answered := m.Snapshots[0].Requested, m.Snapshots[0].Responded
-		for _, s := range m.Snapshots {
-			if s.Requested.Before(asked) {
-				asked = s.Requested
-			}
-			if s.Responded.After(answered) {
-				answered = s.Responded
-			}
+	for _, o := range seen {
+		from, held, to := o.frozen()
+		asked, answered := o.snapshots[0].Requested, o.snapshots[0].Responded
+		for _, s := range o.snapshots {
+			asked, answered = earlier(asked, s.Requested), later(answered, s.Responded)
 		}
-		freeze, spread = append(freeze, c.FreezeMS), append(spread, c.SpreadMS)
-		gap, take, thaw = append(gap, ms(asked.Sub(lastHeld))), append(take, ms(answered.Sub(asked))), append(thaw, ms(last.Sub(answered)))
-		rounds = append(rounds, float64(len(c.SyncRounds)))
-		for _, f := range c.Frozen {
+		for _, f := range o.cut.Frozen {
 			name := filepath.Base(f.Mountpoint)
 			if len(each[name]) == 0 {
 				order = append(order, name)
 			}
 			each[name] = append(each[name], ms(f.Held.Sub(f.Called)))
 		}
-		stall = append(stall, ms(slowest(transactions, first, last)))
-		after := last.Add(quiet / 2)
-		later = append(later, ms(slowest(transactions, after, after.Add(last.Sub(first)))))
+		freeze, spread = append(freeze, ms(to.Sub(from))), append(spread, o.cut.SpreadMS)
+		take, rest = append(take, ms(answered.Sub(asked))), append(rest, ms(asked.Sub(held)+to.Sub(answered)))
+		rounds, stall, calm = append(rounds, float64(len(o.cut.SyncRounds))), append(stall, o.stall), append(calm, o.calm)
+		extents, perExtent, rate = append(extents, o.extents), append(perExtent, 1000*ms(answered.Sub(asked))/o.extents), append(rate, o.perSecond)
 	}
-	b.ReportMetric(freeze.p50(), "freeze-p50-ms")
-	b.ReportMetric(freeze.p95(), "freeze-p95-ms")
-	b.ReportMetric(spread.p50(), "spread-p50-ms")
-	b.ReportMetric(spread.p95(), "spread-p95-ms")
-	b.ReportMetric(stall.p50(), "stall-p50-ms")
-	b.ReportMetric(stall.p95(), "stall-p95-ms")
-	table := []string{fmt.Sprintf("%d cuts under %.0f transactions/s; extents of the four volumes: %.0f at first, %.0f at last; syncfs rounds: p50 %.0f, max %.0f",
-		cuts, perSecond, extents[0], extents[len(extents)-1], rounds.p50(), rounds.max())}
+	for name, f := range map[string]figures{"freeze": freeze, "spread": spread, "stall": stall} {
+		b.ReportMetric(f.p50(), name+"-p50-ms")
+		b.ReportMetric(f.p95(), name+"-p95-ms")
+	}
+	table := []string{fmt.Sprintf("%d cuts under %.0f to %.0f transactions/s; the four volumes in %.0f to %.0f extents, %.0f us of snapshot for each (p50); at most %.0f syncfs rounds",
+		len(seen), rate.at(0), rate.max(), extents.at(0), extents.max(), perExtent.p50(), rounds.max())}
 	row := func(name string, f figures) {
-		table = append(table, fmt.Sprintf("%-28s p50 %7.1f  p95 %7.1f  max %7.1f ms", name, f.p50(), f.p95(), f.max()))
+		table = append(table, fmt.Sprintf("%-21s p50 %7.1f  p95 %7.1f  max %7.1f ms", name, f.p50(), f.p95(), f.max()))
 	}
 	row("freeze to thaw", freeze)
 	for _, name := range order {
 		row("  FIFREEZE of "+name, each[name])
 	}
-	row("  until the first request", gap)
 	row("  snapshots", take)
-	row("  until the last FITHAW", thaw)
-	row("spread of the requests", spread)
+	row("  between, and FITHAW", rest)
 	row("slowest transaction", stall)
-	row("  as long a while later", later)
-	b.Log(strings.Join(table, "\n"))
+	table[len(table)-1] += fmt.Sprintf("; as long a while later: %.1f, %.1f, %.1f", calm.p50(), calm.p95(), calm.max())
+	b.Log(strings.Join(table, "\n")) // package testing shows nine lines of a benchmark
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
 }
 
 // fiemap is struct fiemap of Linux include/uapi/linux/fiemap.h without its

@@ -203,6 +203,33 @@ func TestACopyOfAnArrayStandsBesideItsOriginal(t *testing.T) {
 			t.Errorf("assembled: %v, %v", on, err)
 		}
 	})
+
+	t.Run("an array with a member of another copy is refused, and nothing is stopped", func(t *testing.T) {
+		image := d.frozenCopies(t, members, dev)
+		if err := host.Release(t.Context(), members); err != nil {
+			t.Fatal(err)
+		}
+		a := attachAll(t, d.clonesOfFiles(t, image))
+		b := attachAll(t, d.clonesOfFiles(t, image))
+		mixed := "/dev/md93"
+		mdadm(t, "--assemble", mixed, "--config=none", a[0], b[1], b[2], b[3])
+		_, err := host.AssembleArray(t.Context(), a, host.NewArrayUUID())
+		refusal(t, err, backup.ErrNotOurs, mixed, "not part of this set")
+		if !strings.Contains(backup.HintOf(err), "AUTO -all") {
+			t.Errorf("hint: got %q", backup.HintOf(err))
+		}
+		refusal(t, host.Release(t.Context(), a), backup.ErrNotOurs, mixed)
+		on, err := host.ArraysOn(a[:1])
+		if err != nil || !slices.Equal(on, []string{mixed}) {
+			t.Errorf("arrays on slot 0: got %v and %v, want %s", on, err, mixed)
+		}
+		if state := strings.TrimSpace(read(t, "/sys/block/md93/md/array_state")); state != "clean" && state != "active" {
+			t.Errorf("state: got %q", state)
+		}
+		if err := errors.Join(host.StopArray(t.Context(), mixed), host.Release(t.Context(), append(slices.Clone(a), b...))); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 func TestArraysThatUdevAssembledAreTakenOver(t *testing.T) {
@@ -272,33 +299,6 @@ func TestArraysThatUdevAssembledAreTakenOver(t *testing.T) {
 			if err := host.Release(t.Context(), copies); err != nil {
 				t.Error(err)
 			}
-		}
-	})
-
-	t.Run("one member is of another set: refused, and nothing is stopped", func(t *testing.T) {
-		a := attachAll(t, d.clonesOfFiles(t, image))
-		b := attachAll(t, d.clonesOfFiles(t, image))
-		run(t, "udevadm", "settle")
-		if err := host.Release(t.Context(), append(slices.Clone(a), b...)); err != nil {
-			t.Fatal(err)
-		}
-		mixed := "/dev/md93"
-		mdadm(t, "--assemble", mixed, "--config=none", a[0], b[1], b[2], b[3])
-		_, err := host.AssembleArray(t.Context(), a, host.NewArrayUUID())
-		refusal(t, err, backup.ErrNotOurs, mixed, "not part of this set")
-		if !strings.Contains(backup.HintOf(err), "AUTO -all") {
-			t.Errorf("hint: got %q", backup.HintOf(err))
-		}
-		refusal(t, host.Release(t.Context(), a), backup.ErrNotOurs, mixed)
-		on, err := host.ArraysOn(a[:1])
-		if err != nil || !slices.Equal(on, []string{mixed}) {
-			t.Errorf("arrays on slot 0: got %v and %v, want %s", on, err, mixed)
-		}
-		if state := strings.TrimSpace(read(t, "/sys/block/md93/md/array_state")); state != "clean" && state != "active" {
-			t.Errorf("state: got %q", state)
-		}
-		if err := errors.Join(host.StopArray(t.Context(), mixed), host.Release(t.Context(), append(slices.Clone(a), b...))); err != nil {
-			t.Error(err)
 		}
 	})
 }

@@ -142,6 +142,8 @@ func checkRoles(members []string, uuid string) error {
 // its `mdadm --incremental` took one while ours writes the new UUID, the set
 // would bear two. It waits for the events that are being handled.
 func lockDevices(ctx context.Context, members []string) (unlock func(), err error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	var held []*os.File
 	unlock = func() {
 		for _, f := range held {
@@ -163,11 +165,13 @@ func lockDevices(ctx context.Context, members []string) (unlock func(), err erro
 			return nil, fmt.Errorf("lock member: %w", err)
 		}
 		held = append(held, f)
-		for unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
-			if err := pause(ctx, 20*time.Millisecond); err != nil {
-				unlock()
-				return nil, fmt.Errorf("lock %s against udev: %w", whole, err)
-			}
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		for errors.Is(err, unix.EWOULDBLOCK) && pause(ctx, 20*time.Millisecond) == nil {
+			err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		}
+		if err != nil {
+			unlock()
+			return nil, fmt.Errorf("lock %s against udev: %w", whole, errors.Join(err, ctx.Err()))
 		}
 	}
 	return unlock, nil

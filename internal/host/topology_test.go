@@ -187,8 +187,11 @@ func TestIdentifyAndOptions(t *testing.T) {
 	}
 	refusal(t, host.MakeFilesystem(t.Context(), "vfat", device, "x"), backup.ErrUsage, "vfat")
 
-	for _, c := range []struct{ fstype, options string }{{"ext4", "noatime,nodev,data=ordered"}, {"xfs", "noatime,nosuid,inode64"}} {
-		device := providertest.Loop(t, 300<<20)
+	for _, c := range []struct {
+		fstype, options string
+		size            backup.Bytes
+	}{{"ext4", "noatime,nodev,data=ordered", 16 << 20}, {"xfs", "noatime,nosuid,inode64", 300 << 20}} {
+		device := providertest.Loop(t, c.size)
 		if err := host.MakeFilesystem(t.Context(), c.fstype, device, "lab"); err != nil {
 			t.Fatal(err)
 		}

@@ -29,6 +29,9 @@ type server struct {
 // CLEANCUT_PG_BIN chooses another major than 15.
 func startServer(t testing.TB, settings ...string) *server {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("needs a real server: run `make test`")
+	}
 	s := &server{bin: os.Getenv("CLEANCUT_PG_BIN")}
 	if s.bin == "" {
 		s.bin = "/usr/lib/postgresql/15/bin"

@@ -126,28 +126,33 @@ func (i *Instance) readLog(offset int64) string {
 
 // hints are the well-known reasons why a copy does not start. Only the hint
 // depends on the text, never a decision; lc_messages is C.
-var hints = []struct {
+func hints() []struct {
 	pattern *regexp.Regexp
 	hint    string // $1 is the pattern's group
-}{
-	{regexp.MustCompile(`could not access file "([^"]+)"`), `production preloads the library "$1", which this host lacks: install the extension's package for the same major version here`},
-	{regexp.MustCompile(`recovery aborted because of (insufficient) parameter settings`), `a setting is smaller than production's: see the log lines above it`},
-	{regexp.MustCompile(`could not locate (?:a valid|required) checkpoint record|invalid (?:primary )?checkpoint (?:record|link)`), `the image's pg_wal does not hold the WAL that recovery begins with: the backup is damaged, or pg_wal was not on the volumes`},
-	{regexp.MustCompile(`WAL ends before`), `WAL up to the end of the backup is missing: see that the archive holds it`},
-	{regexp.MustCompile(`requested timeline`), `the image and the WAL are of different timelines`},
-	{regexp.MustCompile(`directory "([^"]+)" does not exist(?s:.*)Create this directory for the tablespace`), `the cut holds a CREATE TABLESPACE after its last checkpoint, and redo looks for production's folder: create $1, empty, on this host (the copy's own is shown in its place), or take a new backup`},
-	{regexp.MustCompile(`Read-only file system`), `the server tried to write outside of the copy; redo of a CREATE TABLESPACE just before the cut does so: take a new backup`},
-	{regexp.MustCompile(`(?:directory|data directory) "([^"]+)" .*(?:wrong ownership|invalid permissions)`), `the folder $1 must belong to the copy's uid and be closed to others`},
-	{regexp.MustCompile(`could not (?:create shared memory segment|map anonymous shared memory|resize shared memory)`), `the host has too little memory for production's max_connections, max_locks_per_transaction and max_prepared_transactions`},
-	{regexp.MustCompile(`database files are incompatible with server`), `these programs were built with other block sizes than production's`},
-	{regexp.MustCompile(`unrecognized configuration parameter "([^"]+)"`), `this build of PostgreSQL does not know $1`},
-	{regexp.MustCompile(`invalid value for parameter "(lc_[a-z]+)"|locale is incompatible|not recognized by setlocale`), `this host lacks a locale of production's: generate it (locale-gen) or install the same locales`},
-	{regexp.MustCompile(`could not (?:access|open|change).*Permission denied`), `every folder above the copy must let the copy's uid pass (chmod o+x)`},
-	{regexp.MustCompile(`No space left on device`), `the copy's filesystem is full: recovery needs room for WAL and relations`},
+} {
+	return []struct {
+		pattern *regexp.Regexp
+		hint    string // $1 is the pattern's group
+	}{
+		{regexp.MustCompile(`could not access file "([^"]+)"`), `production preloads the library "$1", which this host lacks: install the extension's package for the same major version here`},
+		{regexp.MustCompile(`recovery aborted because of (insufficient) parameter settings`), `a setting is smaller than production's: see the log lines above it`},
+		{regexp.MustCompile(`could not locate (?:a valid|required) checkpoint record|invalid (?:primary )?checkpoint (?:record|link)`), `the image's pg_wal does not hold the WAL that recovery begins with: the backup is damaged, or pg_wal was not on the volumes`},
+		{regexp.MustCompile(`WAL ends before`), `WAL up to the end of the backup is missing: see that the archive holds it`},
+		{regexp.MustCompile(`requested timeline`), `the image and the WAL are of different timelines`},
+		{regexp.MustCompile(`directory "([^"]+)" does not exist(?s:.*)Create this directory for the tablespace`), `the cut holds a CREATE TABLESPACE after its last checkpoint, and redo looks for production's folder: create $1, empty, on this host (the copy's own is shown in its place), or take a new backup`},
+		{regexp.MustCompile(`Read-only file system`), `the server tried to write outside of the copy; redo of a CREATE TABLESPACE just before the cut does so: take a new backup`},
+		{regexp.MustCompile(`(?:directory|data directory) "([^"]+)" .*(?:wrong ownership|invalid permissions)`), `the folder $1 must belong to the copy's uid and be closed to others`},
+		{regexp.MustCompile(`could not (?:create shared memory segment|map anonymous shared memory|resize shared memory)`), `the host has too little memory for production's max_connections, max_locks_per_transaction and max_prepared_transactions`},
+		{regexp.MustCompile(`database files are incompatible with server`), `these programs were built with other block sizes than production's`},
+		{regexp.MustCompile(`unrecognized configuration parameter "([^"]+)"`), `this build of PostgreSQL does not know $1`},
+		{regexp.MustCompile(`invalid value for parameter "(lc_[a-z]+)"|locale is incompatible|not recognized by setlocale`), `this host lacks a locale of production's: generate it (locale-gen) or install the same locales`},
+		{regexp.MustCompile(`could not (?:access|open|change).*Permission denied`), `every folder above the copy must let the copy's uid pass (chmod o+x)`},
+		{regexp.MustCompile(`No space left on device`), `the copy's filesystem is full: recovery needs room for WAL and relations`},
+	}
 }
 
 func withHint(err error, text string) error {
-	for _, h := range hints {
+	for _, h := range hints() {
 		if m := h.pattern.FindStringSubmatchIndex(text); m != nil {
 			return backup.Hint(err, string(h.pattern.ExpandString(nil, h.hint, text, m)))
 		}

@@ -16,7 +16,9 @@ import (
 
 // software is where programs, libraries and what they read lie; mounts at or
 // below these stay visible to a confined server.
-var software = []string{"/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/opt", "/etc", "/nix", "/gnu", "/dev", "/proc", "/sys"}
+func software() []string {
+	return []string{"/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/opt", "/etc", "/nix", "/gnu", "/dev", "/proc", "/sys"}
+}
 
 // confine gives the calling thread a mount namespace (mount_namespaces(7),
 // mount_setattr(2), Linux 5.12) in which
@@ -91,7 +93,7 @@ func unmountForeign(root string, needed []string) error {
 	}
 	for _, m := range slices.Backward(mounts) { // children after their parents
 		keep := m.Mountpoint == "/" || below(root, m.Mountpoint)
-		for _, s := range software {
+		for _, s := range software() {
 			keep = keep || below(s, m.Mountpoint)
 		}
 		for _, n := range needed {
@@ -127,7 +129,7 @@ func showOriginal(m move, needed []string) error {
 		}
 		leadsTo := func(n string) bool { return below(at, n) }
 		isPart := func(s string) bool { return below(at, s) || (s != "/opt" && below(s, at)) }
-		if slices.ContainsFunc(needed, leadsTo) || slices.ContainsFunc(software, isPart) {
+		if slices.ContainsFunc(needed, leadsTo) || slices.ContainsFunc(software(), isPart) {
 			return nil
 		}
 		if err := unix.Mount("tmpfs", at, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "size=64k,mode=0755"); err != nil {

@@ -30,67 +30,71 @@ type rule struct {
 // rules is what keeps a copy from hurting production, or from being taken for
 // it. They are given on the command line, which beats postgresql.conf and
 // ALTER SYSTEM (config.sgml, 20.1.4).
-var rules = []rule{
-	{name: "archive_mode", value: "off", danger: "same-named WAL segments in production's archive", source: "pgBackRest --archive-mode=off; an empty command alone would pile WAL up"},
-	{name: "archive_command", value: "", danger: "the same, should somebody switch archive_mode on", source: "pgarch.c"},
-	{name: "archive_library", value: "", since: 15, danger: "the same through a library", source: "pgarch.c, 15+"},
-	{name: "restore_command", value: "", danger: "scripts that move or delete in the archive", source: "xlogarchive.c"},
-	{name: "archive_cleanup_command", value: "", danger: "deletes from production's archive", source: "xlogarchive.c"},
-	{name: "recovery_end_command", value: "", danger: "promotion scripts: move an address, call a cluster manager", source: "xlogarchive.c"},
-	{name: "promote_trigger_file", value: "", until: 15, danger: "a file of production's promotes the copy", source: "gone in 16"},
-	{name: "primary_conninfo", value: "", danger: "connects to production as a standby", source: "walreceiver.c"},
-	{name: "primary_slot_name", value: "", danger: "takes the real standby's slot", source: "walreceiver.c"},
-	{name: "synchronous_standby_names", value: "", danger: "every commit of the copy waits for ever", source: "syncrep.c"},
-	{name: "sync_replication_slots", value: "off", since: 17, danger: "connects to production to copy its slots", source: "slotsync.c, 17+"},
-	{name: "max_logical_replication_workers", value: "0", danger: "subscriptions consume production's changes through the same slots", source: "launcher.c returns early at 0; hackers 2025-08"},
-	{name: "listen_addresses", value: "", danger: "clients or poolers reach the copy", source: "postmaster.c"},
-	{name: "unix_socket_permissions", value: "0700", danger: "other users of the host reach the copy", source: "pqcomm.c"},
-	{name: "unix_socket_group", value: "", danger: "the same", source: "pqcomm.c"},
-	{name: "bonjour", value: "off", danger: "announces the copy on the network", source: "postmaster.c"},
-	{name: "ssl", value: "off", danger: "needs key files that lie outside", source: "be-secure-openssl.c"},
-	{name: "cluster_name", value: "cleancut copy", danger: "a process list or a monitoring takes the copy for production", source: "ps_status.c"},
-	{name: "logging_collector", value: "off", danger: "writes into production's log directory", source: "syslogger.c"},
-	{name: "log_destination", value: "stderr", danger: "syslog lines under production's name", source: "elog.c"},
-	{name: "syslog_ident", value: "cleancut-copy", danger: "the same", source: "elog.c"},
-	{name: "event_triggers", value: "off", since: 17, danger: "login and DDL triggers with effects outside", source: "event_trigger.c, 17+"},
-	{name: "huge_pages", value: "off", danger: "takes the huge pages that were set aside for production", source: "sysv_shmem.c"},
-	{name: "lc_messages", value: "C", danger: "a log that cleancut cannot read", source: "elog.c"},
-	{name: "log_line_prefix", value: "%m [%p] ", danger: "the same", source: "elog.c"},
-	{name: "log_min_messages", value: "warning", danger: "the same: 'redo done' is written at this level", source: "xlogrecovery.c"},
-	{name: "hot_standby", value: "on", danger: "no answer while archive recovery runs", source: "postmaster.c"},
-	{name: "wal_level", value: "replica", danger: "minimal refuses max_wal_senders and archive recovery", source: "postmaster.c"},
-	{name: "recovery_init_sync_method", value: "syncfs", since: 14, danger: "opens and syncs every file before redo: hours on lazily loaded volumes", source: "SyncDataDirectory, 14+"},
-	{name: "cron.launch_active_jobs", value: "off", library: "pg_cron", danger: "production's jobs run on the copy", source: "pg_cron 1.6"},
-	{name: "timescaledb.max_background_workers", value: "0", library: "timescaledb", danger: "production's jobs and policies run on the copy", source: "timescaledb loader"},
-	{name: "timescaledb.telemetry_level", value: "off", library: "timescaledb", danger: "reports to the outside", source: "timescaledb"},
-	{name: "citus.recover_2pc_interval", value: "-1", library: "citus", danger: "settles prepared transactions on production's workers", source: "citus maintenance daemon"},
-	{name: "citus.enable_statistics_collection", value: "off", library: "citus", danger: "reports to the outside", source: "citus"},
+func rules() []rule {
+	return []rule{
+		{name: "archive_mode", value: "off", danger: "same-named WAL segments in production's archive", source: "pgBackRest --archive-mode=off; an empty command alone would pile WAL up"},
+		{name: "archive_command", value: "", danger: "the same, should somebody switch archive_mode on", source: "pgarch.c"},
+		{name: "archive_library", value: "", since: 15, danger: "the same through a library", source: "pgarch.c, 15+"},
+		{name: "restore_command", value: "", danger: "scripts that move or delete in the archive", source: "xlogarchive.c"},
+		{name: "archive_cleanup_command", value: "", danger: "deletes from production's archive", source: "xlogarchive.c"},
+		{name: "recovery_end_command", value: "", danger: "promotion scripts: move an address, call a cluster manager", source: "xlogarchive.c"},
+		{name: "promote_trigger_file", value: "", until: 15, danger: "a file of production's promotes the copy", source: "gone in 16"},
+		{name: "primary_conninfo", value: "", danger: "connects to production as a standby", source: "walreceiver.c"},
+		{name: "primary_slot_name", value: "", danger: "takes the real standby's slot", source: "walreceiver.c"},
+		{name: "synchronous_standby_names", value: "", danger: "every commit of the copy waits for ever", source: "syncrep.c"},
+		{name: "sync_replication_slots", value: "off", since: 17, danger: "connects to production to copy its slots", source: "slotsync.c, 17+"},
+		{name: "max_logical_replication_workers", value: "0", danger: "subscriptions consume production's changes through the same slots", source: "launcher.c returns early at 0; hackers 2025-08"},
+		{name: "listen_addresses", value: "", danger: "clients or poolers reach the copy", source: "postmaster.c"},
+		{name: "unix_socket_permissions", value: "0700", danger: "other users of the host reach the copy", source: "pqcomm.c"},
+		{name: "unix_socket_group", value: "", danger: "the same", source: "pqcomm.c"},
+		{name: "bonjour", value: "off", danger: "announces the copy on the network", source: "postmaster.c"},
+		{name: "ssl", value: "off", danger: "needs key files that lie outside", source: "be-secure-openssl.c"},
+		{name: "cluster_name", value: "cleancut copy", danger: "a process list or a monitoring takes the copy for production", source: "ps_status.c"},
+		{name: "logging_collector", value: "off", danger: "writes into production's log directory", source: "syslogger.c"},
+		{name: "log_destination", value: "stderr", danger: "syslog lines under production's name", source: "elog.c"},
+		{name: "syslog_ident", value: "cleancut-copy", danger: "the same", source: "elog.c"},
+		{name: "event_triggers", value: "off", since: 17, danger: "login and DDL triggers with effects outside", source: "event_trigger.c, 17+"},
+		{name: "huge_pages", value: "off", danger: "takes the huge pages that were set aside for production", source: "sysv_shmem.c"},
+		{name: "lc_messages", value: "C", danger: "a log that cleancut cannot read", source: "elog.c"},
+		{name: "log_line_prefix", value: "%m [%p] ", danger: "the same", source: "elog.c"},
+		{name: "log_min_messages", value: "warning", danger: "the same: 'redo done' is written at this level", source: "xlogrecovery.c"},
+		{name: "hot_standby", value: "on", danger: "no answer while archive recovery runs", source: "postmaster.c"},
+		{name: "wal_level", value: "replica", danger: "minimal refuses max_wal_senders and archive recovery", source: "postmaster.c"},
+		{name: "recovery_init_sync_method", value: "syncfs", since: 14, danger: "opens and syncs every file before redo: hours on lazily loaded volumes", source: "SyncDataDirectory, 14+"},
+		{name: "cron.launch_active_jobs", value: "off", library: "pg_cron", danger: "production's jobs run on the copy", source: "pg_cron 1.6"},
+		{name: "timescaledb.max_background_workers", value: "0", library: "timescaledb", danger: "production's jobs and policies run on the copy", source: "timescaledb loader"},
+		{name: "timescaledb.telemetry_level", value: "off", library: "timescaledb", danger: "reports to the outside", source: "timescaledb"},
+		{name: "citus.recover_2pc_interval", value: "-1", library: "citus", danger: "settles prepared transactions on production's workers", source: "citus maintenance daemon"},
+		{name: "citus.enable_statistics_collection", value: "off", library: "citus", danger: "reports to the outside", source: "citus"},
+	}
 }
 
 // workers are the libraries whose background workers act by themselves. A copy
 // does not preload them; all others it does, because a library may own table
 // access methods, types or settings without which a dump fails.
-var workers = map[string]string{
-	"pg_cron":           "runs production's jobs",
-	"pg_partman_bgw":    "makes and drops partitions",
-	"pg_net":            "sends HTTP requests from a queue table",
-	"pglogical":         "consumes changes of other servers",
-	"bdr":               "consumes changes of other servers",
-	"spock":             "consumes changes of other servers",
-	"pg_failover_slots": "connects to the primary",
-	"pgautofailover":    "checks and commands production's nodes",
-	"repmgr":            "makes the copy a node of production's cluster",
-	"pg_keeper":         "promotes by itself",
-	"pg_squeeze":        "rewrites tables",
-	"pg_task":           "runs production's tasks",
-	"pg_dbms_job":       "runs production's jobs",
-	"pg_later":          "runs queued statements",
-	"vectorize":         "calls services outside",
-	"powa":              "takes snapshots of its own",
-	"pg_prewarm":        "reads the whole cache list from the volumes at the start",
-	"pgsodium":          "runs a script that fetches a key",
-	"babelfishpg_tds":   "listens on a port of its own",
-	"worker_spi":        "writes tables by itself",
+func workers() map[string]string {
+	return map[string]string{
+		"pg_cron":           "runs production's jobs",
+		"pg_partman_bgw":    "makes and drops partitions",
+		"pg_net":            "sends HTTP requests from a queue table",
+		"pglogical":         "consumes changes of other servers",
+		"bdr":               "consumes changes of other servers",
+		"spock":             "consumes changes of other servers",
+		"pg_failover_slots": "connects to the primary",
+		"pgautofailover":    "checks and commands production's nodes",
+		"repmgr":            "makes the copy a node of production's cluster",
+		"pg_keeper":         "promotes by itself",
+		"pg_squeeze":        "rewrites tables",
+		"pg_task":           "runs production's tasks",
+		"pg_dbms_job":       "runs production's jobs",
+		"pg_later":          "runs queued statements",
+		"vectorize":         "calls services outside",
+		"powa":              "takes snapshots of its own",
+		"pg_prewarm":        "reads the whole cache list from the volumes at the start",
+		"pgsodium":          "runs a script that fetches a key",
+		"babelfishpg_tds":   "listens on a port of its own",
+		"worker_spi":        "writes tables by itself",
+	}
 }
 
 // PreloadLibraries splits production's shared_preload_libraries into what a
@@ -103,7 +107,7 @@ func PreloadLibraries(production string) (keep, dropped []string) {
 			continue
 		}
 		name := strings.TrimSuffix(filepath.Base(item), ".so")
-		if _, acts := workers[name]; acts {
+		if _, acts := workers()[name]; acts {
 			dropped = append(dropped, item)
 			continue
 		}
@@ -120,7 +124,7 @@ func Isolation(c Copy, control Control) []Setting {
 	keep, _ := PreloadLibraries(c.Server.Settings["shared_preload_libraries"])
 	major := c.Server.Major()
 	var out []Setting
-	for _, r := range rules {
+	for _, r := range rules() {
 		if major < r.since || (r.until != 0 && major > r.until) || (r.library != "" && !slices.Contains(keep, r.library)) {
 			continue
 		}
@@ -178,18 +182,20 @@ func quoteList(names []string) string {
 // carried are the settings of production that a copy needs to give the same
 // answers: they go into its configuration file, so that ALTER SYSTEM on a
 // clone can still change them.
-var carried = []string{
-	"DateStyle", "IntervalStyle", "TimeZone", "timezone_abbreviations", "extra_float_digits", "bytea_output",
-	"lc_monetary", "lc_numeric", "lc_time", "default_text_search_config", "search_path",
-	"array_nulls", "backslash_quote", "standard_conforming_strings", "transform_null_equals", "escape_string_warning",
-	"xmlbinary", "xmloption", "default_toast_compression", "default_table_access_method", "quote_all_identifiers",
+func carried() []string {
+	return []string{
+		"DateStyle", "IntervalStyle", "TimeZone", "timezone_abbreviations", "extra_float_digits", "bytea_output",
+		"lc_monetary", "lc_numeric", "lc_time", "default_text_search_config", "search_path",
+		"array_nulls", "backslash_quote", "standard_conforming_strings", "transform_null_equals", "escape_string_warning",
+		"xmlbinary", "xmloption", "default_toast_compression", "default_table_access_method", "quote_all_identifiers",
+	}
 }
 
 // configFile writes the copy's postgresql.conf.
 func configFile(production map[string]string) string {
 	var b strings.Builder
 	b.WriteString("# Written by cleancut. What isolates the copy is on the command line and beats this file.\n")
-	for _, name := range carried {
+	for _, name := range carried() {
 		v, ok := production[name]
 		if !ok || strings.ContainsAny(v, "\n\r\x00") {
 			continue

@@ -175,7 +175,7 @@ func (c *image) move(link string, known []move) (move, error) {
 // own, so that a copy without it is no copy.
 func holdsData(rel string) bool {
 	top, _, _ := strings.Cut(filepath.ToSlash(rel), "/")
-	for _, e := range emptied {
+	for _, e := range emptied() {
 		if top == e {
 			return false
 		}

@@ -187,24 +187,28 @@ func (c *image) makePrivate(context.Context) error {
 // directories stay (excludeDirContents of basebackup.c). Replication slots
 // would hold back WAL and could stop the start; the rest is zeroed or rebuilt
 // at every start.
-var emptied = []string{"pg_replslot", "pg_dynshmem", "pg_notify", "pg_serial", "pg_snapshots", "pg_stat_tmp", "pg_subtrans"}
+func emptied() []string {
+	return []string{"pg_replslot", "pg_dynshmem", "pg_notify", "pg_serial", "pg_snapshots", "pg_stat_tmp", "pg_subtrans"}
+}
 
 // removed are the files at the top of the data directory that a copy does not
 // inherit. The signal files would make a standby of it; a tablespace_map
 // without a label is ignored by the server; a backup_manifest is of an older
 // base backup.
-var removed = []string{
-	"postmaster.pid", "postmaster.opts", "standby.signal", "recovery.signal", "tablespace_map", "backup_manifest",
-	"postgresql.auto.conf.tmp", "current_logfiles", "current_logfiles.tmp",
+func removed() []string {
+	return []string{
+		"postmaster.pid", "postmaster.opts", "standby.signal", "recovery.signal", "tablespace_map", "backup_manifest",
+		"postgresql.auto.conf.tmp", "current_logfiles", "current_logfiles.tmp",
+	}
 }
 
 func (c *image) discard(ctx context.Context) error {
-	for _, name := range removed {
+	for _, name := range removed() {
 		if err := c.data.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
-	for _, name := range emptied {
+	for _, name := range emptied() {
 		if err := c.empty(name); err != nil {
 			return err
 		}

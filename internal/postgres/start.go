@@ -99,7 +99,7 @@ func Start(ctx context.Context, c Copy) (_ *Instance, err error) {
 		return nil, errors.Join(fmt.Errorf("start the copy in %s: %w", c.Root, err), log.Close())
 	}
 	began := time.Now()
-	died, err := inst.launch(c, settings, log)
+	died, err := inst.launch(ctx, c, settings, log)
 	if err != nil {
 		return nil, fmt.Errorf("start the copy in %s: %w", c.Root, err)
 	}
@@ -232,7 +232,7 @@ func (i *Instance) record(offset int64) error {
 }
 
 // launch runs the program and closes log here. died gets the program's end.
-func (i *Instance) launch(c Copy, settings []Setting, log *os.File) (died <-chan error, err error) {
+func (i *Instance) launch(ctx context.Context, c Copy, settings []Setting, log *os.File) (died <-chan error, err error) {
 	defer func() { err = errors.Join(err, log.Close()) }()
 	path, err := i.Installation.Tool("postgres")
 	if err != nil {
@@ -242,8 +242,8 @@ func (i *Instance) launch(c Copy, settings []Setting, log *os.File) (died <-chan
 	for _, s := range settings {
 		args = append(args, "-c", s.Name+"="+s.Value)
 	}
-	// No context: the server outlives the call, and ctx ends it through Kill.
-	cmd := exec.Command(path, args...)
+	// The server outlives the call; the end of ctx ends it through Kill.
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), path, args...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = "/", log, log
 	cmd.Env = i.environment()
 	cmd.SysProcAttr = childAttributes(i.credential())

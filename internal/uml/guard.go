@@ -1,6 +1,7 @@
 package uml
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -20,8 +21,8 @@ type guard struct {
 }
 
 // startGuard starts the guard of an exchange folder.
-func startGuard(dir string) (*guard, error) {
-	cmd := exec.Command("/bin/sh", "-c", guardScript, "cleancut-guard", dir)
+func startGuard(ctx context.Context, dir string) (*guard, error) {
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), "/bin/sh", "-c", guardScript, "cleancut-guard", dir)
 	cmd.Dir = "/"
 	cmd.Env = []string{"PATH=" + searchPath}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

@@ -1,6 +1,7 @@
 package uml
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -18,7 +19,7 @@ func Missing() []string {
 	var missing []string
 	if _, err := kernelPath(); err != nil {
 		missing = append(missing, "linux.uml (package user-mode-linux)")
-	} else if release, err := kernelRelease(); err != nil {
+	} else if release, err := kernelRelease(context.Background()); err != nil {
 		missing = append(missing, fmt.Sprintf("a linux.uml that runs: %v (package user-mode-linux)", err))
 	} else if _, err := os.Stat(modulePath(release, "fs/overlayfs/overlay")); err != nil {
 		missing = append(missing, fmt.Sprintf("%s/%s with overlay.ko (package user-mode-linux)", modulesDir, release))
@@ -63,12 +64,12 @@ func lookSystem(name string) (string, error) {
 func kernelPath() (string, error) { return lookSystem("linux.uml") }
 
 // kernelRelease asks the kernel for its own release, which names its module folder.
-func kernelRelease() (string, error) {
+func kernelRelease(ctx context.Context) (string, error) {
 	path, err := kernelPath()
 	if err != nil {
 		return "", err
 	}
-	out, err := exec.Command(path, "--version").Output()
+	out, err := exec.CommandContext(ctx, path, "--version").Output()
 	if err != nil {
 		return "", fmt.Errorf("ask %s for its release: %w", path, err)
 	}

@@ -21,7 +21,7 @@ type kernel struct {
 }
 
 // startKernel starts linux.uml on a filled exchange folder.
-func startKernel(x *exchange, g Guest) (*kernel, error) {
+func startKernel(ctx context.Context, x *exchange, g Guest) (*kernel, error) {
 	path, err := kernelPath()
 	if err != nil {
 		return nil, err
@@ -31,7 +31,7 @@ func startKernel(x *exchange, g Guest) (*kernel, error) {
 		return nil, err
 	}
 	defer console.Close()
-	cmd := exec.Command(path, kernelArgs(x, g)...) // not CommandContext: wait kills the whole group, not the one process
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), path, kernelArgs(x, g)...) // wait kills the whole group at the end of ctx, not the one process
 	cmd.Dir = x.dir
 	cmd.Env = []string{"PATH=" + searchPath, "TMPDIR=" + memoryDir(x, g)}
 	cmd.Stdout, cmd.Stderr = console, console
@@ -40,7 +40,7 @@ func startKernel(x *exchange, g Guest) (*kernel, error) {
 	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
 	k := &kernel{done: make(chan error, 1)}
-	if k.guard, err = startGuard(x.dir); err != nil {
+	if k.guard, err = startGuard(ctx, x.dir); err != nil {
 		return nil, err
 	}
 	begun := make(chan error)

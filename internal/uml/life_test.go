@@ -83,6 +83,9 @@ func TestSeveralGuestsRunAtOnce(t *testing.T) {
 }
 
 func TestAKilledRunnerLeavesNoGuest(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs a guest: run `make test`")
+	}
 	if dir := os.Getenv("UML_TEST_RUNNER"); dir != "" {
 		g := uml.Guest{Args: sh("echo up; sleep 1000 & sleep 1000"), Scratch: 1 << 30, ScratchDir: dir, Stdout: os.Stdout}
 		t.Log(g.Run(t.Context()))
@@ -104,16 +107,21 @@ func TestAKilledRunnerLeavesNoGuest(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = cmd.Wait()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
 	for range 500 { // the guard needs a moment
 		if left, _ := filepath.Glob(dir + "/*"); len(left) == 0 && len(processes(dir)) == 0 {
 			break
 		}
-		time.Sleep(10 * time.Millisecond)
+		<-tick.C
 	}
 	nothingLeft(t, dir)
 }
 
 func TestAFolderWhoseGuardWasKilledTooIsSweptUp(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs a guest: run `make test`")
+	}
 	t.Parallel()
 	dir := t.TempDir()
 	folder := filepath.Join(dir, "cleancut-guest-1")
@@ -128,6 +136,9 @@ func TestAFolderWhoseGuardWasKilledTooIsSweptUp(t *testing.T) {
 }
 
 func TestAnOrdinaryUserOfTheHostIsRootInTheGuest(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs a guest: run `make test`")
+	}
 	if dir := os.Getenv("UML_TEST_ORDINARY"); dir != "" {
 		r := run(t, uml.Guest{Scratch: 1 << 30, ScratchDir: dir, Args: sh(`set -e
 			id -u; mkfs.xfs -q /dev/ubda; mount /dev/ubda /mnt; touch /etc/made-in-guest; ls /etc/made-in-guest`)})

@@ -76,7 +76,7 @@ func (g Guest) Run(ctx context.Context) (exit int, err error) {
 	if g, err = g.complete(); err != nil {
 		return 0, fmt.Errorf("run guest: %w", err)
 	}
-	release, err := kernelRelease()
+	release, err := kernelRelease(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -106,7 +106,7 @@ func (x *exchange) run(ctx context.Context, g Guest) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	k, err := startKernel(x, g)
+	k, err := startKernel(ctx, x, g)
 	if err != nil {
 		return 0, errors.Join(err, out.stop())
 	}

@@ -35,6 +35,9 @@ func run(t *testing.T, g uml.Guest) result {
 // try is run for those who want the error.
 func try(t *testing.T, ctx context.Context, g uml.Guest) (result, error) {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("needs a guest: run `make test`")
+	}
 	if missing := uml.Missing(); len(missing) > 0 {
 		t.Fatalf("this host cannot run guests, it lacks: %s", strings.Join(missing, ", "))
 	}
@@ -64,6 +67,8 @@ func nothingLeft(t *testing.T, dir string) {
 		t.Errorf("left behind: %q", left)
 	}
 	deadline := time.Now().Add(5 * time.Second)
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
 	for {
 		left := processes(dir)
 		if len(left) == 0 {
@@ -73,7 +78,7 @@ func nothingLeft(t *testing.T, dir string) {
 			t.Errorf("processes left behind: %q", left)
 			return
 		}
-		time.Sleep(10 * time.Millisecond)
+		<-tick.C
 	}
 }
 
@@ -257,6 +262,9 @@ func TestWhatCannotBeRunIsRefused(t *testing.T) {
 }
 
 func TestInsideIsTrueOnlyInAGuest(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs a guest: run `make test`")
+	}
 	t.Parallel()
 	if uml.Inside() {
 		t.Error("the host is said to be a guest")

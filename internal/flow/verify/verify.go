@@ -53,7 +53,10 @@ func Run(ctx context.Context, o Options) (backup.Verdict, error) {
 	if o.Level != backup.LevelStart {
 		r.check(ctx, "every row read (pg_dumpall)", r.dumpAll)
 	}
-	r.check(ctx, "clean stop", func(ctx context.Context) (string, error) { return "", o.Instance.Stop(ctx) })
+	r.check(ctx, "clean stop", func(ctx context.Context) (string, error) {
+		r.awaitIdle(ctx)
+		return "", o.Instance.Stop(ctx)
+	})
 	r.check(ctx, "server log", r.serverLog)
 	if o.Level == backup.LevelFull {
 		r.check(ctx, "page checksums (pg_checksums)", r.checksums)
@@ -62,6 +65,9 @@ func Run(ctx context.Context, o Options) (backup.Verdict, error) {
 	r.v.Seconds = time.Since(start).Seconds()
 	return r.v, ctx.Err()
 }
+
+// idlePatience is how long awaitIdle waits; the stop itself waits far longer.
+const idlePatience = 30 * time.Second
 
 // errNotRun marks a check that could not run.
 var errNotRun = errors.New("could not run")
@@ -102,6 +108,30 @@ func (r *runner) recovered(ctx context.Context) (string, error) {
 		return "", errors.New("the server is still in recovery")
 	}
 	return fmt.Sprintf("first query after %.1f s", r.Copy.FirstQuery), nil
+}
+
+// awaitIdle waits until the sessions of the checks before are gone. A backend
+// that has just lost its client and is then told to end may hang for ever:
+// die() (PostgreSQL 15, postgres.c) ends it inside the signal's handler, where
+// exit() waits for a lock that the interrupted code holds.
+func (r *runner) awaitIdle(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, idlePatience)
+	defer cancel()
+	conn, err := r.Instance.Connect(ctx, "postgres")
+	if err != nil {
+		return // the stop will tell
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for n := 1; err == nil && n > 0; {
+		err = conn.QueryRow(ctx, "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()").Scan(&n)
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
 }
 
 // reachedLSN: a hole in the WAL ends crash recovery without an error, so the

@@ -123,6 +123,9 @@ func Mkdir(t testing.TB, path string) string {
 // New makes a cluster and starts it.
 func New(t testing.TB, o Options) *Server {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("needs a real server: run `make test`")
+	}
 	if o.Major == 0 {
 		o.Major = 15
 	}
