@@ -64,7 +64,6 @@ type story struct {
 	storage flow.StorageResult
 	options flow.StorageOptions
 	server  server // production
-	dsn     string
 
 	facts load.Facts
 	load  *load.Load

@@ -60,7 +60,8 @@ func hexEscape(s string) string {
 }
 
 // CheckCuttable refuses a mount that a freeze and a snapshot of its devices
-// would not capture whole, or that must not be frozen.
+// would not capture whole, or that must not be frozen. Without a device (not
+// known yet) all is checked but the place of an ext4 journal.
 func CheckCuttable(m Mount, device string) error {
 	switch {
 	case m.Mountpoint == "/" || m.Mountpoint == "/boot":
@@ -80,7 +81,7 @@ func CheckCuttable(m Mount, device string) error {
 	if slices.Contains(m.Options, "ro") || slices.Contains(m.SuperOptions, "ro") {
 		return fmt.Errorf("%s is mounted read-only: %w", m.Mountpoint, backup.ErrUnsupported)
 	}
-	if m.Type == "ext4" {
+	if m.Type == "ext4" && device != "" {
 		return checkJournal(device)
 	}
 	return nil

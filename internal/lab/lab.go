@@ -55,7 +55,7 @@ func Pool(ctx context.Context, dir, fstype string, size backup.Bytes) (undo func
 	if err != nil {
 		return nil, err
 	}
-	mkfs := map[string][]string{"xfs": {"-q", "-f", "-m", "reflink=1", device}, "btrfs": {"-q", "-f", device}, "ext4": {"-q", "-F", device}}[fstype]
+	mkfs := map[string][]string{"xfs": {"-q", "-f", "-K", "-m", "reflink=1", device}, "btrfs": {"-q", "-f", device}, "ext4": {"-q", "-F", device}}[fstype]
 	_, err = host.Run(ctx, "mkfs."+fstype, mkfs...)
 	if err == nil {
 		err = host.MountDevice(ctx, device, dir, fstype, nil)

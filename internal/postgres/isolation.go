@@ -131,7 +131,7 @@ func Isolation(c Copy, control Control) []Setting {
 		out = append(out, Setting{r.name, r.value, r.danger, r.source})
 	}
 	private := c.privateDir()
-	for _, s := range []Setting{
+	out = append(out, []Setting{
 		{"config_file", filepath.Join(private, "postgresql.conf"), "production's configuration, with absolute paths", "guc.c, SelectConfigFiles"},
 		{"hba_file", filepath.Join(private, "pg_hba.conf"), "production's clients are let in", "guc.c"},
 		{"ident_file", filepath.Join(private, "pg_ident.conf"), "the same", "guc.c"},
@@ -140,9 +140,7 @@ func Isolation(c Copy, control Control) []Setting {
 		{"external_pid_file", filepath.Join(private, "external.pid"), "production's pid file is replaced", "postmaster.c; empty is no name to it"},
 		{"log_directory", filepath.Join(private, "log"), "logs in production's directory", "syslogger.c"},
 		{"shared_preload_libraries", quoteList(keep), "background workers that act by themselves", "table workers"},
-	} {
-		out = append(out, s)
-	}
+	}...)
 	for _, m := range []struct {
 		name string
 		has  int

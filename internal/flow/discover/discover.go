@@ -83,6 +83,9 @@ func places(s postgres.Running) []backup.Place {
 }
 
 func filesystem(ctx context.Context, m host.Mount, resolve host.Resolve) (backup.Filesystem, error) {
+	if err := host.CheckCuttable(m, ""); err != nil { // the clearest reason first
+		return backup.Filesystem{}, err
+	}
 	device, err := host.Tree(ctx, m.Major, m.Minor, resolve)
 	if err != nil {
 		return backup.Filesystem{}, err
