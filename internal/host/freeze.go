@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -28,7 +30,6 @@ type Freezer struct {
 	watchdog *Watchdog
 	note     string
 	begun    bool
-	held     bool // at least one filesystem was frozen
 	closed   bool
 	thawed   bool
 	thawErr  error // of the one Thaw
@@ -37,6 +38,7 @@ type Freezer struct {
 type target struct {
 	dir    *os.File
 	frozen bool // FIFREEZE returned 0 and FITHAW has not been called
+	held   bool // FIFREEZE returned 0
 	record backup.Frozen
 }
 
@@ -87,10 +89,12 @@ func (f *Freezer) Sync(ctx context.Context) (time.Duration, error) {
 	return time.Since(start), nil
 }
 
-// Freeze freezes all filesystems, one after the other. The watchdog's clock
-// runs from its beginning. A freeze that is flushing cannot be interrupted;
-// ctx is looked at between two. On any error the caller must call Close, which
-// thaws those that are frozen. Any errno means "not frozen" (Linux
+// Freeze freezes all filesystems: all but the last at the same time, then the
+// last (the WAL's, see backup.Topology.FreezeOrder). Each waits for its own log
+// to reach the disk, so one after the other would add these waits up. The
+// watchdog's clock runs from the beginning. A freeze that is flushing cannot be
+// interrupted; ctx is looked at before each. On any error the caller must call
+// Close, which thaws those that are frozen. Any errno means "not frozen" (Linux
 // fs/super.c, freeze_super).
 func (f *Freezer) Freeze(ctx context.Context) error {
 	if f.begun || f.thawed || f.closed {
@@ -100,23 +104,36 @@ func (f *Freezer) Freeze(ctx context.Context) error {
 	if err := f.watchdog.begin(ctx); err != nil {
 		return fmt.Errorf("freeze: %w", err)
 	}
-	for i := range f.targets {
-		t := &f.targets[i]
-		if err := errors.Join(ctx.Err(), fault.Point(ctx, "host.freeze")); err != nil {
-			return err
-		}
-		t.record.Called = time.Now()
-		err := unix.IoctlSetInt(int(t.dir.Fd()), fiFreeze, 0)
-		t.record.Held = time.Now()
-		if err != nil {
-			return freezeError(t.record.Mountpoint, err)
-		}
-		t.frozen, f.held = true, true
-		if err := fault.Point(ctx, "host.freeze done"); err != nil {
-			return err
-		}
+	last := len(f.targets) - 1
+	errs := make([]error, len(f.targets))
+	var others sync.WaitGroup
+	for i := range last {
+		others.Go(func() { errs[i] = f.targets[i].freeze(ctx) })
 	}
-	return nil
+	others.Wait()
+	if err := errors.Join(errs...); err != nil || last < 0 {
+		return err
+	}
+	return f.targets[last].freeze(ctx)
+}
+
+// held reports whether any filesystem was frozen, thawed by now or not.
+func (f *Freezer) held() bool {
+	return slices.ContainsFunc(f.targets, func(t target) bool { return t.held })
+}
+
+func (t *target) freeze(ctx context.Context) error {
+	if err := errors.Join(ctx.Err(), fault.Point(ctx, "host.freeze")); err != nil {
+		return err
+	}
+	t.record.Called = time.Now()
+	err := unix.IoctlSetInt(int(t.dir.Fd()), fiFreeze, 0)
+	t.record.Held = time.Now()
+	if err != nil {
+		return freezeError(t.record.Mountpoint, err)
+	}
+	t.frozen, t.held = true, true
+	return fault.Point(ctx, "host.freeze done")
 }
 
 func freezeError(mountpoint string, err error) error {
@@ -143,7 +160,7 @@ func (f *Freezer) Thaw() ([]backup.Frozen, error) {
 	if !f.thawed && f.begun {
 		f.thawErr = f.thawAll()
 		err := f.watchdog.done()
-		if err != nil && f.held {
+		if err != nil && f.held() {
 			err = fmt.Errorf("%w: %w", err, backup.ErrVoid)
 		}
 		f.thawErr = errors.Join(f.thawErr, err)
