@@ -233,6 +233,11 @@ func (l *lab) cluster(t testing.TB, o pgtest.Options) *production {
 	for _, name := range []string{"data", "wal", "ts"} {
 		p.mounts = append(p.mounts, l.storage(t, name))
 	}
+	t.Cleanup(func() { // what a failed test left must not keep the storage in use
+		for _, c := range p.copies(detached{t}) {
+			p.run(detached{t}, "restore", "--undo", c.Root)
+		}
+	})
 	o.Dir, o.Data, o.WALDir, o.Sync = filepath.Join(l.dir, "run"), filepath.Join(p.mounts[0], "pg"), filepath.Join(p.mounts[1], "pg"), true
 	pgtest.Mkdir(t, o.Dir)
 	settings := map[string]string{"max_wal_size": "64MB", "min_wal_size": "32MB", "checkpoint_timeout": "30s"}

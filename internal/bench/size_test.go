@@ -34,15 +34,20 @@ func BenchmarkSize(b *testing.B) {
 	})
 }
 
-// timeBackups returns the milliseconds of some backups and the databases' size.
-func (p *production) timeBackups(b *testing.B) (took figures, size string) {
+// timeBackups returns the milliseconds of some backups, and how large the
+// databases are and what of it was the cut.
+func (p *production) timeBackups(b *testing.B) (took figures, about string) {
 	b.Helper()
+	var frozen, synced figures
+	size := ""
 	p.backup(b) // what the growth left to write back is not the backup's
 	for range sizeRuns {
 		began := time.Now()
 		m := p.backup(b)
 		took = append(took, ms(time.Since(began)))
+		frozen = append(frozen, m.Cut.FreezeMS)
+		synced = append(synced, m.Cut.SyncRounds...)
 		size = databases(m).String()
 	}
-	return took, size
+	return took, fmt.Sprintf("%s (frozen p50 %.0f ms, a syncfs round p50 %.0f ms)", size, frozen.p50(), synced.p50())
 }

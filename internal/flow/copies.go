@@ -108,6 +108,12 @@ func (f *Flow) undoCopy(ctx context.Context, c backup.Copy) error {
 	ctx, cancel := undoing(ctx)
 	defer cancel()
 	f.tell("undo", "removing copy "+string(c.ID))
+	if c.Ready { // from here on it is not meant to stay: sweep ends what we do not
+		c.Ready = false
+		if err := f.State.PutCopy(c); err != nil {
+			return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, err)
+		}
+	}
 	if err := restore.Undo(ctx, f.Provider, c); err != nil {
 		return err
 	}

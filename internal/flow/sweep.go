@@ -131,7 +131,7 @@ func planCopies(x Facts) []Action {
 		case c.Purpose == backup.ForRestore && c.Ready:
 			a.Kind, a.Why = OnlyList, "a restored copy at "+c.Root+", meant to stay (remove it with `cleancut restore --undo "+c.Root+"`)"
 		default:
-			a.Kind, a.Why = RemoveCopy, "its "+string(c.Purpose)+" was interrupted"
+			a.Kind, a.Why = RemoveCopy, "its "+string(c.Purpose)+" or its removal was interrupted"
 		}
 		out = append(out, a)
 	}
