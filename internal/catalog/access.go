@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	"cleancut/internal/backup"
 	"cleancut/internal/fault"
@@ -108,6 +109,22 @@ func readAll[T any](ctx context.Context, c *Catalog, objects []Object) ([]T, err
 // faultStore has a fault point before and after every call of a store:
 // "catalog.put manifest", "catalog.put manifest done".
 type faultStore struct{ next Store }
+
+// Tidy removes what killed processes left half written, if the store has such
+// a thing and it is older than that. It returns how many.
+func (c *Catalog) Tidy(ctx context.Context, olderThan time.Duration) (int, error) {
+	store, ok := c.store.next.(interface {
+		Tidy(context.Context, time.Duration) (int, error)
+	})
+	if !ok {
+		return 0, nil
+	}
+	n, err := store.Tidy(ctx, olderThan)
+	if errors.Is(err, backup.ErrNotFound) { // no catalog yet
+		err = nil
+	}
+	return n, err
+}
 
 func (f faultStore) Put(ctx context.Context, key string, r io.Reader) error {
 	return pointed(ctx, "catalog.put "+kind(key), func() error { return f.next.Put(ctx, key, r) })

@@ -22,7 +22,7 @@ import (
 // backup.ErrNotFound where nothing is. A malformed cluster name, id or name is
 // backup.ErrUsage.
 type Catalog struct {
-	store   Store
+	store   faultStore
 	cluster string
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"cleancut/internal/backup"
 	"cleancut/internal/catalog"
@@ -230,10 +231,17 @@ func stateOf(e catalog.Entry) BackupState {
 	return Doubtful
 }
 
+// halfWritten is the age from which a temporary file in the catalog has no
+// writer any more.
+const halfWritten = 24 * time.Hour
+
 // Sweep applies a plan. It takes the lock of what it removes, so that a plan
 // that has grown old does no harm.
 func (f *Flow) Sweep(ctx context.Context, plan []Action) error {
 	var errs []error
+	if _, err := f.Catalog.Tidy(ctx, halfWritten); err != nil {
+		errs = append(errs, fmt.Errorf("half-written objects of the catalog: %w", err))
+	}
 	for _, a := range plan {
 		if a.Kind != OnlyList {
 			f.tell("sweep", string(a.Kind)+": "+a.Name)
