@@ -61,7 +61,7 @@ catalog or a file, and remove the copy. Production is not read at all.`,
 		},
 	}
 	c.Flags().StringVar(&to, "to", "", "file to write; it must not exist (default: into the catalog)")
-	c.Flags().IntVar(&level, "level", 3, "zstd level, 1 to 22")
+	c.Flags().IntVar(&level, "level", 1, "zstd level, 1 to 22")
 	return c
 }
 

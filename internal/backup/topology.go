@@ -130,10 +130,9 @@ func (t Topology) Place(kind PlaceKind) (Place, bool) {
 	return Place{}, false
 }
 
-// FreezeOrder returns the indexes of the filesystems in the order to freeze
-// them: the one with the WAL last, because a commit that hangs on a frozen
-// WAL can hold locks that writers of the data need. Without a place of its own
-// the WAL is in the data directory.
+// FreezeOrder returns the indexes of the filesystems, the one with the WAL
+// last: they are frozen together and thawed in reverse, so that commits go on
+// first. Without a place of its own the WAL is in the data directory.
 func (t Topology) FreezeOrder() []int {
 	p, ok := t.Place(PlaceWAL)
 	if !ok {

@@ -27,7 +27,7 @@ import (
 
 const (
 	pairs     = 3
-	zstdLevel = 3
+	zstdLevel = 1
 	rows      = 600_000 // people and words of the play database, some 300 MB
 )
 

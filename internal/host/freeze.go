@@ -42,8 +42,7 @@ type target struct {
 	record backup.Frozen
 }
 
-// Arm opens every mount point, in the order in which they will be frozen, and
-// starts the watchdog with the command argv (see Watch). When it returns, all
+// Arm opens every mount point and starts the watchdog with the command argv (see Watch). When it returns, all
 // is ready and nothing is frozen. Close must be called.
 func Arm(ctx context.Context, argv []string, mountpoints []string, deadline time.Duration) (*Freezer, error) {
 	f := &Freezer{}
@@ -89,13 +88,12 @@ func (f *Freezer) Sync(ctx context.Context) (time.Duration, error) {
 	return time.Since(start), nil
 }
 
-// Freeze freezes all filesystems: all but the last at the same time, then the
-// last (the WAL's, see backup.Topology.FreezeOrder). Each waits for its own log
-// to reach the disk, so one after the other would add these waits up. The
-// watchdog's clock runs from the beginning. A freeze that is flushing cannot be
-// interrupted; ctx is looked at before each. On any error the caller must call
-// Close, which thaws those that are frozen. Any errno means "not frozen" (Linux
-// fs/super.c, freeze_super).
+// Freeze freezes all filesystems at the same time: each waits for its own log
+// to reach the disk (XFS: xfs_log_quiesce), and one after the other these waits
+// would add up (docs/benchmarks.md). The watchdog's clock runs from the
+// beginning. A freeze that is flushing cannot be interrupted; ctx is looked at
+// before each. On any error the caller must call Close, which thaws those that
+// are frozen. Any errno means "not frozen" (Linux fs/super.c, freeze_super).
 func (f *Freezer) Freeze(ctx context.Context) error {
 	if f.begun || f.thawed || f.closed {
 		return errors.New("freeze: called twice, or after Thaw or Close")
@@ -104,17 +102,13 @@ func (f *Freezer) Freeze(ctx context.Context) error {
 	if err := f.watchdog.begin(ctx); err != nil {
 		return fmt.Errorf("freeze: %w", err)
 	}
-	last := len(f.targets) - 1
 	errs := make([]error, len(f.targets))
-	var others sync.WaitGroup
-	for i := range last {
-		others.Go(func() { errs[i] = f.targets[i].freeze(ctx) })
+	var all sync.WaitGroup
+	for i := range f.targets {
+		all.Go(func() { errs[i] = f.targets[i].freeze(ctx) })
 	}
-	others.Wait()
-	if err := errors.Join(errs...); err != nil || last < 0 {
-		return err
-	}
-	return f.targets[last].freeze(ctx)
+	all.Wait()
+	return errors.Join(append(errs, ctx.Err())...)
 }
 
 // held reports whether any filesystem was frozen, thawed by now or not.

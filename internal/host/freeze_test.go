@@ -118,9 +118,6 @@ func TestFreeze(t *testing.T) {
 			if r.Mountpoint != dirs[i] || r.Called.IsZero() || r.Held.Before(r.Called) || r.Thawed.Before(r.Held) {
 				t.Errorf("record %d: got %+v", i, r)
 			}
-			if last := records[len(records)-1]; i < len(records)-1 && last.Called.Before(r.Held) {
-				t.Errorf("the last one, %s, was frozen before %s", last.Mountpoint, r.Mountpoint)
-			}
 			w.stop.Store(true)
 		}
 		all.Wait()
@@ -199,8 +196,8 @@ func TestFreeze(t *testing.T) {
 		if !errors.Is(err, backup.ErrUnsupported) || !strings.Contains(err.Error(), tmpfs) {
 			t.Errorf("got %v, want ErrUnsupported and the mount point", err)
 		}
-		if !isFrozen(t, dirs[0]) || isFrozen(t, dirs[1]) {
-			t.Error("before Close the first is frozen and the third is not")
+		if !isFrozen(t, dirs[0]) {
+			t.Error("before Close the first is not frozen: nothing is proven")
 		}
 		if err := f.Close(); err != nil {
 			t.Error(err)
@@ -262,8 +259,8 @@ func TestFreeze(t *testing.T) {
 		if err := f.Freeze(ctx); !errors.Is(err, context.Canceled) {
 			t.Errorf("got %v, want canceled", err)
 		}
-		if n := frozen.Load(); n == 0 || n >= int64(len(dirs)) {
-			t.Errorf("froze %d of %d filesystems, want some and not the last", n, len(dirs))
+		if frozen.Load() == 0 {
+			t.Error("nothing was frozen before ctx ended")
 		}
 		if err := f.Close(); err != nil {
 			t.Error(err)

@@ -13,10 +13,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"os/exec"
 	"strings"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sys/unix"
 
 	"cleancut/internal/backup"
 	"cleancut/internal/postgres"
@@ -53,21 +56,14 @@ func Run(ctx context.Context, w io.Writer, o Options) (Result, error) {
 	if _, err := o.Instance.Installation.Tool("pg_dumpall"); err != nil {
 		return Result{}, err
 	}
-	cmd := o.Instance.Command(ctx, "pg_dumpall")
 	in := &meter{w: z}
 	in.progress = func() {
 		if o.Progress != nil {
 			o.Progress(in.n, out.n)
 		}
 	}
-	var said bytes.Buffer
-	globals := &relocate{w: in, original: o.Original}
-	cmd.Stdout, cmd.Stderr = globals, &said
-	if err := cmd.Run(); err != nil {
-		if ctx.Err() != nil {
-			err = ctx.Err()
-		}
-		return Result{}, fmt.Errorf("pg_dumpall: %w: %s", err, strings.TrimSpace(said.String()))
+	if err := stream(ctx, o.Instance.Command(ctx, "pg_dumpall"), &relocate{w: in, original: o.Original}); err != nil {
+		return Result{}, err
 	}
 	if !bytes.Contains(in.end, []byte(lastLine)) {
 		return Result{}, errors.New("pg_dumpall ended without its last line: the dump is not whole")
@@ -76,6 +72,47 @@ func Run(ctx context.Context, w io.Writer, o Options) (Result, error) {
 		return Result{}, fmt.Errorf("write the dump: %w", err)
 	}
 	return Result{SQL: in.n, Compressed: out.n, Seconds: time.Since(start).Seconds()}, nil
+}
+
+// pipeSize is how much pg_dumpall may be ahead of the compressor. With the
+// default of 64 KiB the two wait for each other all the time.
+const pipeSize = 1 << 20
+
+// stream runs the command and copies what it prints to w. It returns when both
+// have ended: the first error of the two, with what the command said.
+func stream(ctx context.Context, cmd *exec.Cmd, w io.Writer) error {
+	pr, pw, err := os.Pipe()
+	if err != nil {
+		return fmt.Errorf("pg_dumpall: %w", err)
+	}
+	defer pr.Close()
+	if conn, err := pr.SyscallConn(); err == nil { // Fd() would make reads uninterruptible
+		_ = conn.Control(func(fd uintptr) {
+			_, _ = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, pipeSize) // only speed is lost without
+		})
+	}
+	var said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = pw, &said
+	err = cmd.Start()
+	_ = pw.Close() // the child has its own
+	if err != nil {
+		return fmt.Errorf("pg_dumpall: %w", err)
+	}
+	// pg_dumpall's own children outlive its end: without a reader they end too.
+	stop := context.AfterFunc(ctx, func() { _ = pr.Close() })
+	defer stop()
+	_, copied := io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{pr}, make([]byte, pipeSize))
+	_ = pr.Close()
+	ran := cmd.Wait()
+	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("pg_dumpall: %w", ctx.Err())
+	case copied != nil:
+		return fmt.Errorf("write the dump: %w", copied)
+	case ran != nil:
+		return fmt.Errorf("pg_dumpall: %w: %s", ran, strings.TrimSpace(said.String()))
+	}
+	return nil
 }
 
 // meter counts bytes and remembers the last few.
