@@ -286,7 +286,7 @@ func (s *story) emptyServer(ctx context.Context) (server, error) {
 		return server{}, err
 	}
 	s.later("empty server", func(ctx context.Context) error { return os.RemoveAll(root) })
-	srv, err := newServer(ctx, filepath.Join(root, "data"), filepath.Join(root, "s"), []string{"--no-sync"}, []string{"fsync = off", "max_wal_size = 2GB", "shared_buffers = 128MB"})
+	srv, err := newServer(ctx, s.template(), filepath.Join(root, "data"), filepath.Join(root, "s"), []string{"fsync = off", "max_wal_size = 2GB", "shared_buffers = 128MB"})
 	if err != nil {
 		return srv, err
 	}

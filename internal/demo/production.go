@@ -160,7 +160,7 @@ func (s *story) makeCluster(ctx context.Context, facts map[string]any) error {
 	if err := os.Chown(inbox, int(uid), int(gid)); err != nil {
 		return err
 	}
-	s.server, err = newServer(ctx, filepath.Join(s.mnt, "data"), filepath.Join(s.work, "sock"), []string{"--data-checksums"}, []string{
+	s.server, err = newServer(ctx, s.template(), filepath.Join(s.mnt, "data"), filepath.Join(s.work, "sock"), []string{
 		"archive_mode = on", "archive_command = 'cp %p " + inbox + "/%f'", "wal_level = replica", "shared_buffers = 128MB",
 		"max_wal_size = 512MB", "checkpoint_timeout = 5min"})
 	if err != nil {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"cleancut/internal/host"
 	"cleancut/internal/postgres"
 )
 
@@ -28,7 +29,9 @@ type server struct {
 }
 
 // newServer makes a cluster in data, with its socket in a folder of its own.
-func newServer(ctx context.Context, data, socket string, initdb, conf []string) (server, error) {
+// initdb, which takes long in the guest, runs once: its result stays in
+// template and is copied.
+func newServer(ctx context.Context, template, data, socket string, conf []string) (server, error) {
 	inst, err := newestInstallation(ctx)
 	if err != nil {
 		return server{}, err
@@ -37,7 +40,7 @@ func newServer(ctx context.Context, data, socket string, initdb, conf []string) 
 	if srv.uid, srv.gid, err = postgresUser(); err != nil {
 		return srv, err
 	}
-	for _, dir := range []string{data, socket} {
+	for _, dir := range []string{template, data, socket} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return srv, err
 		}
@@ -45,8 +48,12 @@ func newServer(ctx context.Context, data, socket string, initdb, conf []string) 
 			return srv, err
 		}
 	}
-	args := append([]string{"-D", data, "-U", "postgres", "-A", "trust", "--locale=C.UTF-8", "--no-instructions"}, initdb...)
-	if _, err := srv.run(ctx, "initdb", args...); err != nil {
+	if _, err := os.Stat(filepath.Join(template, "PG_VERSION")); err != nil {
+		if _, err := srv.run(ctx, "initdb", "-D", template, "-U", "postgres", "-A", "trust", "--locale=C.UTF-8", "--no-instructions", "--no-sync", "--data-checksums"); err != nil {
+			return srv, err
+		}
+	}
+	if _, err := host.Run(ctx, "cp", "-a", template+"/.", data); err != nil {
 		return srv, err
 	}
 	conf = append(conf, "listen_addresses = ''", fmt.Sprintf("unix_socket_directories = '%s'", socket))

@@ -124,6 +124,7 @@ func newStory(ctx context.Context, o Options) (*story, error) {
 
 func (s *story) poolDir() string   { return s.pool }
 func (s *story) catalog() string   { return filepath.Join(s.work, "catalog") }
+func (s *story) template() string  { return filepath.Join(s.work, "initdb") }
 func (s *story) fstab() string     { return filepath.Join(s.work, "fstab") }
 func (s *story) mdadmConf() string { return filepath.Join(s.work, "mdadm.conf") }
 
