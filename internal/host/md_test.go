@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -41,6 +42,28 @@ func (d *disks) make(t *testing.T, n int) []string {
 	return out
 }
 
+// detach waits until the device has let go of its file. Where udev runs it may
+// open the device for a moment, which makes losetup's detach a lazy one, or
+// assemble its array anew meanwhile.
+func detach(t *testing.T, device, image string) {
+	t.Helper()
+	ctx := context.WithoutCancel(t.Context())
+	eventually(t, device+" is detached", func() bool {
+		file, err := os.ReadFile("/sys/block/" + filepath.Base(device) + "/loop/backing_file")
+		if err != nil || strings.TrimSpace(string(file)) != image {
+			return true // gone, or somebody else's by now
+		}
+		arrays, err := host.ArraysOn([]string{device})
+		for _, a := range arrays {
+			err = errors.Join(err, host.StopArray(ctx, a))
+		}
+		if err == nil {
+			_ = exec.Command("losetup", "--detach", device).Run() // the next look tells
+		}
+		return false
+	})
+}
+
 // clones returns files: FICLONE of the disks.
 func (d *disks) clones(t *testing.T, of []string) []string {
 	t.Helper()
@@ -73,7 +96,7 @@ func (d *disks) clonesOfFiles(t *testing.T, files []string) []string {
 func attach(t *testing.T, image string) string {
 	t.Helper()
 	device := run(t, "losetup", "--find", "--show", "--direct-io=on", "--sector-size", "4096", image)
-	t.Cleanup(func() { run(t, "losetup", "--detach", device) })
+	t.Cleanup(func() { detach(t, device, image) })
 	return device
 }
 
