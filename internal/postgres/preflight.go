@@ -45,7 +45,7 @@ func Preflight(r Running, allow Allow) []Finding {
 		refuse(nil, "name a superuser with user= in dsn", "the role is no superuser")
 	}
 	if r.InRecovery {
-		refuse(backup.ErrNotThere, "take the backup of the primary", "the server is a standby; backups of standbys come with issue 4")
+		refuse(backup.ErrNotThere, "take the backup of the primary", "the server is a standby; backups of standbys")
 	}
 	if r.BackupLabel {
 		refuse(nil, "end it with pg_stop_backup(), or remove backup_label if no backup runs",
