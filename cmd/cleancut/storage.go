@@ -10,6 +10,7 @@ import (
 
 	"cleancut/internal/backup"
 	"cleancut/internal/flow"
+	"cleancut/internal/provider"
 	"cleancut/internal/provider/local"
 )
 
@@ -108,21 +109,26 @@ func (a *app) initPool(c *cobra.Command, s settings) error {
 	return local.Init(c.Context(), s.Provider.Local.Pool)
 }
 
+// named opens the provider and fills in which storage on which host is meant.
+func (a *app) named(c *cobra.Command, name string, o *flow.StorageOptions) (provider.Provider, error) {
+	s, err := a.settings()
+	if err != nil {
+		return nil, err
+	}
+	o.Name, o.Host = name, s.Host
+	return a.provider(c.Context(), s)
+}
+
 func (a *app) storageAttachCommand() *cobra.Command {
 	var o flow.StorageOptions
 	c := &cobra.Command{
 		Use: "attach NAME", Args: exactly(1, "a name"),
 		Short: "Bring storage back after a reboot: attach its volumes, then by the lines in mdadm.conf and fstab assemble and mount",
 		RunE: func(c *cobra.Command, args []string) error {
-			s, err := a.settings()
+			p, err := a.named(c, args[0], &o)
 			if err != nil {
 				return err
 			}
-			p, err := a.provider(c.Context(), s)
-			if err != nil {
-				return err
-			}
-			o.Name, o.Host = args[0], s.Host
 			res, err := flow.AttachStorage(c.Context(), p, o)
 			if err != nil {
 				return err
@@ -142,15 +148,10 @@ func (a *app) storageDestroyCommand() *cobra.Command {
 		Use: "destroy NAME", Args: exactly(1, "a name"),
 		Short: "Unmount it, stop the array, remove the lines, detach and delete the volumes and all data on them",
 		RunE: func(c *cobra.Command, args []string) error {
-			s, err := a.settings()
+			p, err := a.named(c, args[0], &o)
 			if err != nil {
 				return err
 			}
-			p, err := a.provider(c.Context(), s)
-			if err != nil {
-				return err
-			}
-			o.Name, o.Host = args[0], s.Host
 			if err := flow.DestroyStorage(c.Context(), p, o); err != nil {
 				return err
 			}
