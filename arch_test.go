@@ -46,7 +46,7 @@ func levelOf(dir string) (name string, level int) {
 		folders string
 	}{
 		{"words", words, "internal/backup internal/fault"},
-		{"test support", support, "internal/lab internal/*/*test internal/*/*/*test internal/provider/ec2sim"},
+		{"test support", support, "internal/lab internal/*/*test internal/*/*/*test internal/provider/ec2/ec2sim"},
 		{"machine", machine, "internal/catalog internal/host internal/postgres internal/provider internal/state internal/uml internal/load internal/report"},
 		{"machine", machine, "internal/catalog/* internal/host/* internal/postgres/* internal/provider/* internal/state/* internal/uml/* internal/load/* internal/report/*"},
 		{"step", step, "internal/flow/*"},

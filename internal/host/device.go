@@ -44,7 +44,16 @@ func treeAt(ctx context.Context, dir string, resolve Resolve) (backup.Device, er
 	case exists(dir, "md"):
 		return arrayTree(ctx, dir, d, resolve)
 	case exists(dir, "dm"):
-		return d, refuseDM(dir, d.Name)
+		// A provider may show its volumes as device-mapper devices.
+		v, err := resolve(ctx, "/dev/"+d.Name)
+		if errors.Is(err, backup.ErrNotFound) {
+			return d, refuseDM(dir, d.Name)
+		}
+		if err != nil {
+			return d, fmt.Errorf("resolve /dev/%s: %w", d.Name, err)
+		}
+		d.Kind, d.Volume = backup.DeviceVolume, &v
+		return d, nil
 	case exists(dir, "bcache"):
 		return d, fmt.Errorf("%s is a bcache device: a snapshot of its backing device misses what only the cache holds: %w", d.Name, backup.ErrUnsupported)
 	case exists(dir, "partition"):

@@ -36,10 +36,10 @@ type Provider interface {
 	Prepare(ctx context.Context, set Set) (Cut, error)
 
 	// Complete waits until every snapshot is durable and restorable elsewhere,
-	// then adds the tag backup.TagDigest = digest to each. It may be called
-	// again, also by another process after a crash. ErrNotFound if one is
-	// gone; an error if one can never complete.
-	Complete(ctx context.Context, ids []backup.SnapshotID, digest string) error
+	// then adds tags[i] to snapshot ids[i]. It may be called again, also by
+	// another process after a crash. ErrNotFound if one is gone; an error if
+	// one can never complete.
+	Complete(ctx context.Context, ids []backup.SnapshotID, tags []backup.Tags) error
 
 	// Snapshots describes snapshots by id, in the order of ids. If any is
 	// missing it returns those it found and an error that wraps ErrNotFound
@@ -97,6 +97,10 @@ type Cut interface {
 // Set is what to cut: the members and the tags for each of them.
 type Set struct {
 	Members []Member
+	// Group asks that the provider itself cuts all members at one instant
+	// (Taken.Atomic), with nobody frozen. Prepare answers ErrUnsupported
+	// where it cannot, and says why.
+	Group bool
 	// Skew makes Take wait so long between two members. It is for the drill,
 	// which shows what that does; zero otherwise.
 	Skew time.Duration

@@ -32,6 +32,14 @@ const (
 // binaryVariable hands the program built on the host to the test in the guest.
 const binaryVariable = "CLEANCUT_TEST_BINARY"
 
+// guestLimit is when a guest is given up, and lastWords how much earlier the
+// test in it ends with the stacks of its goroutines. A test of minutes gets
+// there only if something hangs; go test's own limit is for all of a package.
+const (
+	guestLimit = 40 * time.Minute
+	lastWords  = time.Minute
+)
+
 // Here reports whether the test goes on in this process. Where this kernel
 // lacks what it needs, Here runs the same test in a guest, passes its result on,
 // and returns false: the caller returns. It must be called first in a
@@ -69,13 +77,13 @@ func runInGuest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	timeout := 20 * time.Minute
+	timeout := guestLimit
 	if d, ok := t.Deadline(); ok {
-		timeout = time.Until(d) - 5*time.Second
+		timeout = min(timeout, time.Until(d)-5*time.Second)
 	}
 	var out bytes.Buffer
 	env := []string{"PATH=" + os.Getenv("PATH"), "HOME=/root", "LANG=C.UTF-8", binaryVariable + "=" + Binary(t)}
-	code, err := uml.Guest{Args: []string{exe, "-test.run=^" + t.Name() + "$", "-test.v", "-test.timeout=" + timeout.String()},
+	code, err := uml.Guest{Args: []string{exe, "-test.run=^" + t.Name() + "$", "-test.v", "-test.timeout=" + (timeout - lastWords).String()},
 		Env: env, Dir: dir, Scratch: 24 << 30, Stdout: &out, Stderr: &out, Timeout: timeout}.Run(t.Context())
 	t.Logf("in the user-mode guest:\n%s", out.String())
 	if err != nil {

@@ -136,8 +136,8 @@ func (p *Provider) Prepare(ctx context.Context, set provider.Set) (provider.Cut,
 }
 
 // Complete is provider.Provider's.
-func (p *Provider) Complete(ctx context.Context, ids []backup.SnapshotID, digest string) error {
-	_, err := call(ctx, p, "Complete", only(func() error { return p.inner.Complete(ctx, ids, digest) }))
+func (p *Provider) Complete(ctx context.Context, ids []backup.SnapshotID, tags []backup.Tags) error {
+	_, err := call(ctx, p, "Complete", only(func() error { return p.inner.Complete(ctx, ids, tags) }))
 	return err
 }
 

@@ -37,3 +37,12 @@ func TestPoolsKeepTheContract(t *testing.T) {
 		})
 	}
 }
+
+// digests are the tags that complete a set of n.
+func digests(n int) []backup.Tags {
+	out := make([]backup.Tags, n)
+	for i := range out {
+		out[i] = backup.Tags{backup.TagDigest: "5ca1ab1e"}
+	}
+	return out
+}

@@ -27,7 +27,7 @@ func cut(t testing.TB, p *local.Pool, volumes ...backup.Volume) []backup.Snapsho
 
 func complete(t testing.TB, p *local.Pool, ids []backup.SnapshotID) backup.SnapshotID {
 	t.Helper()
-	must(t, p.Complete(t.Context(), ids, "5ca1ab1e"))
+	must(t, p.Complete(t.Context(), ids, digests(len(ids))))
 	return ids[0]
 }
 
@@ -131,7 +131,7 @@ func TestASnapshotThatWasPreparedButNotTakenCanNeverComplete(t *testing.T) {
 	must(t, err)
 	must(t, c.Close())
 	id := list(t, p).Snapshots[0].ID
-	refused(t, p.Complete(t.Context(), []backup.SnapshotID{id}, "5ca1ab1e"), nil, string(id), "delete")
+	refused(t, p.Complete(t.Context(), []backup.SnapshotID{id}, digests(1)), nil, string(id), "delete")
 	must(t, p.DeleteSnapshots(t.Context(), []backup.SnapshotID{id}, owner()))
 }
 

@@ -53,7 +53,7 @@ func life(ctx context.Context, t *testing.T, p *local.Pool, token string) (repet
 		}
 		return err
 	})
-	again(func() error { return p.Complete(ctx, ids, "5ca1ab1e") })
+	again(func() error { return p.Complete(ctx, ids, digests(len(ids))) })
 	again(func() (err error) {
 		copied, err = p.CreateVolume(ctx, provider.VolumeSpec{Token: token + "-copy", From: ids[0], Tags: owner()})
 		return err

@@ -39,6 +39,9 @@ func (p *Pool) prepare(ctx context.Context, set provider.Set) (_ *cut, err error
 	if err := checkSet(ctx, set); err != nil {
 		return nil, err
 	}
+	if set.Group {
+		return nil, backup.Hint(fmt.Errorf("the local provider cannot cut several volumes at one instant by itself: %w", backup.ErrUnsupported), "freeze them: --mode freeze")
+	}
 	if err := p.checkHeadroom(); err != nil {
 		return nil, err
 	}

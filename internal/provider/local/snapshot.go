@@ -19,9 +19,12 @@ import (
 // Complete fsyncs the clones and their folder, without which a power cut takes
 // them away (lab.md), and marks them completed. The contract is
 // provider.Provider's.
-func (p *Pool) Complete(ctx context.Context, ids []backup.SnapshotID, digest string) error {
+func (p *Pool) Complete(ctx context.Context, ids []backup.SnapshotID, tags []backup.Tags) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("complete: %w", err)
+	}
+	if len(tags) != len(ids) {
+		return fmt.Errorf("complete: tags for %d of %d snapshots: %w", len(tags), len(ids), backup.ErrUsage)
 	}
 	for _, id := range ids {
 		if err := p.persist(ctx, id); err != nil {
@@ -32,8 +35,8 @@ func (p *Pool) Complete(ctx context.Context, ids []backup.SnapshotID, digest str
 	if err != nil {
 		return fmt.Errorf("complete: %w", err)
 	}
-	for _, id := range ids {
-		if err := p.markComplete(ctx, id, digest); err != nil {
+	for i, id := range ids {
+		if err := p.markComplete(ctx, id, tags[i]); err != nil {
 			return fmt.Errorf("complete %s: %w", id, err)
 		}
 	}
@@ -65,7 +68,7 @@ func (p *Pool) persist(ctx context.Context, id backup.SnapshotID) error {
 	return effect(ctx, "local.complete.fsync", f.Sync)
 }
 
-func (p *Pool) markComplete(ctx context.Context, id backup.SnapshotID, digest string) error {
+func (p *Pool) markComplete(ctx context.Context, id backup.SnapshotID, tags backup.Tags) error {
 	name := p.snapshotFile(id, ".json")
 	lock, err := lockFile(ctx, name)
 	if err != nil {
@@ -79,10 +82,13 @@ func (p *Pool) markComplete(ctx context.Context, id backup.SnapshotID, digest st
 	if s.State == provider.Broken {
 		return fmt.Errorf("its file is gone: %w", backup.ErrNotFound)
 	}
-	if s.State == provider.Completed && s.Tags[backup.TagDigest] == digest {
+	if s.State == provider.Completed && (len(tags) == 0 || s.Tags.Match(tags)) {
 		return nil
 	}
-	s.State, s.Tags = provider.Completed, s.Tags.With(backup.TagDigest, digest)
+	s.State = provider.Completed
+	for k, v := range tags {
+		s.Tags = s.Tags.With(k, v)
+	}
 	text, err := encode(s)
 	if err != nil {
 		return err

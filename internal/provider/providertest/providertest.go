@@ -165,11 +165,20 @@ func (b *bench) cut(volumes ...backup.Volume) provider.Taken {
 
 const digest = "5ca1ab1e"
 
+// digests are the tags that complete a set of n.
+func digests(n int) []backup.Tags {
+	out := make([]backup.Tags, n)
+	for i := range out {
+		out[i] = backup.Tags{backup.TagDigest: digest}
+	}
+	return out
+}
+
 // snapshots takes and completes.
 func (b *bench) snapshots(volumes ...backup.Volume) []backup.SnapshotID {
 	b.Helper()
 	ids := idsOf(b.cut(volumes...))
-	b.must(b.Provider.Complete(b.Context(), ids, digest))
+	b.must(b.Provider.Complete(b.Context(), ids, digests(len(ids))))
 	return ids
 }
 

@@ -264,7 +264,7 @@ func (b *bench) deadContext() {
 		"Resolve":         func() error { _, err := p.Resolve(ctx, device); return err },
 		"Prepare":         func() error { _, err := p.Prepare(ctx, b.set(v)); return err },
 		"Take":            func() error { _, err := prepared.Take(ctx); return err },
-		"Complete":        func() error { return p.Complete(ctx, ids, "other") },
+		"Complete":        func() error { return p.Complete(ctx, ids, []backup.Tags{{backup.TagDigest: "other"}}) },
 		"Snapshots":       func() error { _, err := p.Snapshots(ctx, ids); return err },
 		"CreateVolume":    func() error { _, err := p.CreateVolume(ctx, b.blank()); return err },
 		"Attach":          func() error { _, err := p.Attach(ctx, v.ID); return err },
