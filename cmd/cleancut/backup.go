@@ -10,16 +10,25 @@ import (
 	"cleancut/internal/flow"
 )
 
+// ec2Deadline is the watchdog's deadline where the freeze lasts as long as the
+// slowest of several calls to EC2.
+const ec2Deadline = 30 * time.Second
+
 func (a *app) backupCommand() *cobra.Command {
 	var o flow.BackupOptions
 	var mode string
 	c := &cobra.Command{
 		Use: "backup", GroupID: "main", Args: exactly(0, ""),
 		Short: "Take one backup",
-		Long: `Take one backup: freeze every filesystem of the cluster, snapshot all volumes at
-once, thaw, and record what was achieved. Before the freeze, dirty data is
-written out until little is left, so that the stop is short; no checkpoint is
-forced and no backup mode is needed.
+		Long: `Take one backup of all volumes at one instant, and record what was achieved. No
+checkpoint is forced and no backup mode is needed.
+
+Mode group lets the provider cut all volumes in one call: nothing is frozen and
+production is not touched (EC2, all volumes on one instance). Mode freeze
+freezes every filesystem of the cluster, snapshots all volumes at once and
+thaws; before that, dirty data is written out until little is left, so that
+the stop is short. Mode auto takes the group where there is one, else the
+freeze. A mode that cannot be had is refused, never replaced in silence.
 
 A watchdog in a process of its own thaws everything at the deadline, whatever
 happens to this command; then the backup is void (exit 3) and its snapshots
@@ -33,9 +42,15 @@ are deleted.`,
 			if o.Deadline <= 0 || o.Quick <= 0 || o.Rounds < 1 {
 				return fmt.Errorf("%w: --deadline, --max-sync and --sync-rounds must be above zero", backup.ErrUsage)
 			}
+			if s, err := a.settings(); err == nil && s.cluster.Provider == "local" && o.Mode == backup.ModeGroup {
+				return backup.Hint(fmt.Errorf("%w: mode group: the local provider cannot cut several volumes at one instant by itself", backup.ErrUsage), "use --mode freeze")
+			}
 			f, s, err := a.flow(c.Context())
 			if err != nil {
 				return err
+			}
+			if s.cluster.Provider == "ec2" && !c.Flags().Changed("deadline") {
+				o.Deadline = ec2Deadline
 			}
 			o.Target, o.KeepAway = s.target(), s.keepAway()
 			m, err := f.Backup(c.Context(), o)
@@ -44,7 +59,11 @@ are deleted.`,
 			}
 			return a.print(m, func() {
 				a.line("backup %s: %s cut of %d volumes (%s)", m.ID, m.Cut.Achieved, len(m.Snapshots), m.Cut.How)
-				a.line("  frozen for %.1f ms, snapshot requests within %.1f ms, flushed WAL %s", m.Cut.FreezeMS, m.Cut.SpreadMS, m.Cut.FlushLSN)
+				if m.Cut.How == backup.ModeGroup {
+					a.line("  nothing frozen, one call cut all volumes, flushed WAL %s", m.Cut.FlushLSN)
+				} else {
+					a.line("  frozen for %.1f ms, snapshot requests within %.1f ms, flushed WAL %s", m.Cut.FreezeMS, m.Cut.SpreadMS, m.Cut.FlushLSN)
+				}
 				a.notes(append(m.Server.Notes, m.Cut.Notes...))
 				a.line("  not proven yet: run `cleancut verify %s`", m.ID)
 			})
@@ -56,7 +75,7 @@ are deleted.`,
 
 func cutFlags(c *cobra.Command, o *flow.BackupOptions, mode *string) {
 	c.Flags().StringVar(mode, "mode", "auto", "auto, group, freeze or bracketed")
-	c.Flags().DurationVar(&o.Deadline, "deadline", 10*time.Second, "the watchdog thaws this long after the freeze began")
+	c.Flags().DurationVar(&o.Deadline, "deadline", 10*time.Second, "the watchdog thaws this long after the freeze began (ec2: 30s)")
 	c.Flags().DurationVar(&o.Quick, "max-sync", 100*time.Millisecond, "freeze only after a syncfs as quick as this")
 	c.Flags().IntVar(&o.Rounds, "sync-rounds", 50, "give up after so many syncfs rounds")
 	c.Flags().BoolVar(&o.AllowForeign, "allow-foreign", false, "freeze other data on the cluster's filesystems along with it")
@@ -67,10 +86,8 @@ func cutFlags(c *cobra.Command, o *flow.BackupOptions, mode *string) {
 // be had is refused, never replaced in silence.
 func backupMode(mode string) (backup.Mode, error) {
 	switch backup.Mode(mode) {
-	case backup.ModeAuto, backup.ModeFreeze:
-		return backup.ModeFreeze, nil // auto: no provider so far has a group
-	case backup.ModeGroup:
-		return "", backup.Hint(fmt.Errorf("%w: mode group: the local provider cannot cut several volumes at one instant by itself: %w", backup.ErrUsage, backup.ErrUnsupported), "use --mode freeze")
+	case backup.ModeAuto, backup.ModeGroup, backup.ModeFreeze:
+		return backup.Mode(mode), nil
 	case backup.ModeBracketed:
 		return "", fmt.Errorf("%w: mode bracketed: %w", backup.ErrUsage, backup.ErrNotThere)
 	}

@@ -2,6 +2,7 @@ package main_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -9,6 +10,7 @@ import (
 	"testing"
 
 	"cleancut/internal/backup"
+	"cleancut/internal/catalog"
 	"cleancut/internal/lab/labtest"
 )
 
@@ -52,7 +54,7 @@ func (f flowUnderFault) faults(points []string) []string {
 
 // underFaults runs the flow once to count its points, and then once for each
 // fault. After an error or a cancel nothing may be left, or exit 5 says so;
-// after a kill sweep removes all.
+// after a kill sweep removes all, or finishes a backup that was cut already.
 func (p *production) underFaults(t *testing.T, f flowUnderFault) {
 	t.Helper()
 	o := p.must(t, f.args(t)...)
@@ -66,6 +68,7 @@ func (p *production) underFaults(t *testing.T, f flowUnderFault) {
 		_, _ = fmt.Sscan(at, &n)
 		t.Run(fault+" "+points[n-1], func(t *testing.T) {
 			args := f.args(t)
+			had := p.complete(t)
 			o := p.runWith(t, []string{"CLEANCUT_FAULT=" + fault}, args...)
 			p.flows(t)
 			p.answers(t)
@@ -80,11 +83,38 @@ func (p *production) underFaults(t *testing.T, f flowUnderFault) {
 			if action == "kill" || len(left) > 0 {
 				p.swept(t, f.stay...)
 			}
+			if action == "kill" {
+				for _, id := range p.complete(t) {
+					if !slices.Contains(had, id) {
+						p.must(t, "delete", id)
+					}
+				}
+			}
 			if o.code == 0 || f.always {
 				f.removes(t, o)
 			}
 		})
 	}
+}
+
+// complete lists the complete backups of the catalog.
+func (p *production) complete(t *testing.T) []string {
+	t.Helper()
+	store, err := catalog.Open("file://" + p.catalog)
+	if err != nil {
+		t.Fatal(err)
+	}
+	entries, err := catalog.New(store, "main").Backups(t.Context())
+	if err != nil && !errors.Is(err, backup.ErrNotFound) {
+		t.Fatal(err)
+	}
+	var out []string
+	for _, e := range entries {
+		if e.Err == nil {
+			out = append(out, string(e.ID))
+		}
+	}
+	return out
 }
 
 // judge holds the exit code against what is left.

@@ -38,7 +38,29 @@ type Copy struct {
 	Port          int              `json:"port"`
 	Superuser     string           `json:"superuser"`
 	EndOfRecovery LSN              `json:"end_of_recovery"`
-	FirstQuery    float64          `json:"seconds_to_first_query"` // from the server's start
+	FirstQuery    float64          `json:"seconds_to_first_query"`         // from the server's start
+	Answered      float64          `json:"seconds_restore_to_first_query"` // from Created
+	Hydrated      *Hydration       `json:"hydrated"`                       // nil: nobody read the volumes through
+}
+
+// Hydration is how far the volumes of a copy were read through.
+type Hydration struct {
+	Complete     bool             `json:"complete"`                              // every byte of every volume
+	Size         Bytes            `json:"size"`                                  // of all volumes
+	Bytes        Bytes            `json:"bytes"`                                 // that were read
+	Seconds      float64          `json:"seconds"`                               // of the reading
+	SinceRestore float64          `json:"seconds_restore_to_hydrated,omitempty"` // from Copy.Created; only when complete
+	Volumes      []HydratedVolume `json:"volumes"`
+}
+
+// HydratedVolume is one volume of a Hydration.
+type HydratedVolume struct {
+	Volume  VolumeID `json:"volume"`
+	Device  string   `json:"device"`
+	Size    Bytes    `json:"size"`
+	Bytes   Bytes    `json:"bytes"`
+	Seconds float64  `json:"seconds"`
+	Error   string   `json:"error,omitempty"`
 }
 
 // CopyVolume is one member of a copy.

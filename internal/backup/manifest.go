@@ -113,6 +113,29 @@ type Snapshot struct {
 	Responded time.Time  `json:"responded"`
 }
 
+// Span is the interval that holds the backup's one instant: the freeze, or in a
+// group the provider's call. What was acknowledged before its beginning is in
+// the backup, what was sent after its end is not.
+func (m Manifest) Span() (from, to time.Time) {
+	widen := func(a, b time.Time) {
+		if from.IsZero() || a.Before(from) {
+			from = a
+		}
+		if b.After(to) {
+			to = b
+		}
+	}
+	for _, f := range m.Cut.Frozen {
+		widen(f.Called, f.Thawed)
+	}
+	if len(m.Cut.Frozen) == 0 {
+		for _, s := range m.Snapshots {
+			widen(s.Requested, s.Responded)
+		}
+	}
+	return from, to
+}
+
 // SideFile is a file of the cluster that no volume of it holds, kept in the
 // catalog beside the manifest.
 type SideFile struct {

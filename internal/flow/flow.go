@@ -160,6 +160,11 @@ func (f *Flow) finishBackup(ctx context.Context, m backup.Manifest) error {
 	if err != nil {
 		return err
 	}
+	return f.completeBackup(ctx, m, digest)
+}
+
+// completeBackup may be called again after a crash.
+func (f *Flow) completeBackup(ctx context.Context, m backup.Manifest, digest string) error {
 	f.tell("complete", "waiting for the snapshots")
 	var ids []backup.SnapshotID
 	var tags []backup.Tags

@@ -134,10 +134,10 @@ func (p *production) cut(mode backup.Mode) (backup.Manifest, load.Promise) {
 	if err := p.load.Err(); err != nil {
 		p.t.Fatal(err)
 	}
-	if mode != backup.ModeFreeze {
+	if mode == backup.ModeNone {
 		return m, load.Promise{}
 	}
-	first, last := m.Cut.Frozen[0].Called, m.Cut.Frozen[0].Thawed
+	first, last := m.Span()
 	return m, p.load.PromiseUntil(first, last).Join(p.kept)
 }
 

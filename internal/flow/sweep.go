@@ -15,32 +15,6 @@ import (
 	"cleancut/internal/provider"
 )
 
-// Delete takes one backup away for good.
-func (f *Flow) Delete(ctx context.Context, id backup.ID) error {
-	release, err := f.State.Lock(lockBackup(f.Cluster))
-	if err != nil {
-		return backup.Hint(fmt.Errorf("a backup of cluster %s is running: %w", f.Cluster, err), "snapshots are not deleted around a cut; wait for it")
-	}
-	defer release()
-	_, err = f.Catalog.Backup(ctx, id)
-	if err != nil && !errors.Is(err, backup.ErrIncomplete) && !errors.Is(err, backup.ErrDamage) && !errors.Is(err, backup.ErrUnsupported) {
-		return err // those three are there and can be deleted
-	}
-	intent := backup.Intent{ID: id, Cluster: f.Cluster, Host: f.Host, Deletes: true, Tags: backup.Tags{backup.TagBackup: string(id), backup.TagCluster: f.Cluster}}
-	if err := f.Catalog.PutIntent(ctx, intent); err != nil && !errors.Is(err, backup.ErrExists) {
-		undo, cancel := undoing(ctx)
-		defer cancel()
-		return errors.Join(err, f.Catalog.EndIntent(undo, id))
-	}
-	err = f.removeBackup(ctx, intent)
-	if err != nil { // half a backup is of no use: once more, also after ^C
-		if again := f.undoBackup(ctx, intent); again != nil {
-			return fmt.Errorf("delete: %w", errors.Join(err, again))
-		}
-	}
-	return nil
-}
-
 // ActionKind says what sweep does about something it found.
 type ActionKind string
 
@@ -48,6 +22,7 @@ type ActionKind string
 // reason.
 const (
 	RemoveBackup ActionKind = "remove backup"
+	FinishBackup ActionKind = "finish backup"
 	EndIntent    ActionKind = "end intent"
 	RemoveCopy   ActionKind = "remove copy"
 	OnlyList     ActionKind = "leave"
@@ -68,18 +43,21 @@ type Facts struct {
 	Cluster   string
 	Intents   []backup.Intent
 	Backups   map[backup.ID]BackupState // what the catalog holds of each
-	Copies    []backup.Copy             // ledgers of this host
-	Busy      map[string]bool           // locks that somebody holds
+	Held      map[backup.ID]bool
+	Copies    []backup.Copy   // ledgers of this host
+	Busy      map[string]bool // locks that somebody holds
 	Inventory provider.Inventory
 }
 
 // BackupState is what the catalog says of a backup.
 type BackupState string
 
-// The states. Doubtful is one whose records could not be read, or are damaged
+// The states. Taken is one whose cut was good and whose manifest is there, but
+// whose snapshots were not yet seen to be complete. Doubtful is one whose records could not be read, or are damaged
 // or newer than this program: it may be a good backup and is not swept.
 const (
 	Complete   BackupState = "complete"
+	Taken      BackupState = "taken"
 	Incomplete BackupState = "incomplete"
 	Doubtful   BackupState = "doubtful"
 )
@@ -106,10 +84,14 @@ func planIntents(x Facts) []Action {
 			a.Kind, a.Why = OnlyList, "belongs to host "+i.Host+": run sweep there"
 		case x.Busy[lockBackup(x.Cluster)]:
 			a.Kind, a.Why = OnlyList, "a backup of this cluster is running"
+		case i.Deletes && x.Held[i.ID] && x.Backups[i.ID] == Complete:
+			a.Kind, a.Why = EndIntent, "it is held, and its deletion was interrupted before anything was gone"
 		case i.Deletes:
 			a.Kind, a.Why = RemoveBackup, "its deletion was interrupted"
 		case x.Backups[i.ID] == Complete:
 			a.Kind, a.Why = EndIntent, "it is complete, only its intent was left"
+		case x.Backups[i.ID] == Taken:
+			a.Kind, a.Why = FinishBackup, "its cut is good; it was interrupted while it waited for its snapshots"
 		case x.Backups[i.ID] == Doubtful:
 			a.Kind, a.Why = OnlyList, "its records cannot be read, so it may be a good backup: see `cleancut list`"
 		default:
@@ -184,7 +166,7 @@ func strangers(x Facts) map[backup.ID]int {
 // lack one. Then come the locks: what is running is left alone, however far it
 // gets meanwhile.
 func (f *Flow) SweepFacts(ctx context.Context) (x Facts, err error) {
-	x = Facts{Host: f.Host, Cluster: f.Cluster, Busy: map[string]bool{}, Backups: map[backup.ID]BackupState{}}
+	x = Facts{Host: f.Host, Cluster: f.Cluster, Busy: map[string]bool{}, Backups: map[backup.ID]BackupState{}, Held: map[backup.ID]bool{}}
 	if x.Inventory, err = f.Provider.List(ctx, nil); err != nil {
 		return x, err
 	}
@@ -217,6 +199,7 @@ func (f *Flow) SweepFacts(ctx context.Context) (x Facts, err error) {
 	}
 	for _, e := range entries {
 		x.Backups[e.ID] = stateOf(e)
+		x.Held[e.ID] = e.Held(time.Now()) != ""
 	}
 	return x, nil
 }
@@ -225,6 +208,8 @@ func stateOf(e catalog.Entry) BackupState {
 	switch {
 	case e.Err == nil && e.Complete != nil:
 		return Complete
+	case errors.Is(e.Err, backup.ErrIncomplete) && e.Digest != "":
+		return Taken
 	case e.Err == nil || errors.Is(e.Err, backup.ErrIncomplete):
 		return Incomplete
 	}
@@ -271,10 +256,18 @@ func (f *Flow) sweepOne(ctx context.Context, a Action) error {
 	defer release()
 	switch a.Kind {
 	case RemoveBackup:
-		if e, err := f.Catalog.Backup(ctx, a.Intent.ID); !a.Intent.Deletes && err == nil && stateOf(e) == Complete {
+		e, err := f.Catalog.Backup(ctx, a.Intent.ID)
+		if !a.Intent.Deletes && err == nil && stateOf(e) == Complete {
 			return fmt.Errorf("it has become complete since the plan was made: %w", backup.ErrInUse)
 		}
+		if err == nil {
+			if err := heldError(a.Intent.ID, e.Held(time.Now())); err != nil {
+				return err
+			}
+		}
 		return f.removeBackup(ctx, a.Intent)
+	case FinishBackup:
+		return f.resumeBackup(ctx, a.Intent)
 	case EndIntent:
 		return f.Catalog.EndIntent(ctx, a.Intent.ID)
 	case RemoveCopy:
@@ -284,6 +277,23 @@ func (f *Flow) sweepOne(ctx context.Context, a Action) error {
 		return f.State.RemoveCopy(a.Copy.ID)
 	}
 	return fmt.Errorf("unknown action %q", a.Kind)
+}
+
+// resumeBackup goes on where a backup was interrupted after its cut: it waits
+// for the snapshots. If one of them is gone, so is the rest.
+func (f *Flow) resumeBackup(ctx context.Context, i backup.Intent) error {
+	e, err := f.Catalog.Backup(ctx, i.ID)
+	if err == nil {
+		return f.Catalog.EndIntent(ctx, i.ID)
+	}
+	if stateOf(e) != Taken {
+		return err
+	}
+	err = f.completeBackup(ctx, e.Manifest, e.Digest)
+	if errors.Is(err, backup.ErrNotFound) {
+		return f.removeBackup(ctx, i)
+	}
+	return err
 }
 
 // Thawed is what Thaw found on one mount point.

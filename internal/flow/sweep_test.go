@@ -66,6 +66,8 @@ func TestPlanSweep(t *testing.T) {
 		{"a complete backup and nothing else", flow.Facts{Backups: states(flow.Complete), Inventory: provider.Inventory{Snapshots: snapshots(first, "main", 4)}}, "", ""},
 		{"an intent whose backup never came to a manifest", flow.Facts{Intents: []backup.Intent{intent(first, "prod")}}, "remove backup backup " + string(first), "interrupted before it was complete"},
 		{"an intent whose backup is incomplete", flow.Facts{Intents: []backup.Intent{intent(first, "prod")}, Backups: states(flow.Incomplete)}, "remove backup backup " + string(first), "interrupted"},
+		{"an intent whose backup was taken", flow.Facts{Intents: []backup.Intent{intent(first, "prod")}, Backups: states(flow.Taken)}, "finish backup backup " + string(first), "waited for its snapshots"},
+		{"an interrupted deletion of one that was taken", flow.Facts{Intents: []backup.Intent{deletion(first)}, Backups: states(flow.Taken)}, "remove backup backup " + string(first), "deletion was interrupted"},
 		{"an intent whose backup is complete", flow.Facts{Intents: []backup.Intent{intent(first, "prod")}, Backups: states(flow.Complete)}, "end intent backup " + string(first), "only its intent was left"},
 		{"an intent whose backup cannot be read", flow.Facts{Intents: []backup.Intent{intent(first, "prod")}, Backups: states(flow.Doubtful)}, "leave backup " + string(first), "may be a good backup"},
 		{"an incomplete backup without an intent", flow.Facts{Backups: states(flow.Incomplete), Inventory: provider.Inventory{Snapshots: snapshots(first, "main", 2)}}, "", ""},
@@ -123,7 +125,7 @@ func anything(r *rand.Rand) flow.Facts {
 		used[i.ID] = true
 	}
 	for range r.IntN(3) {
-		x.Backups[id()] = flow.BackupState(name(string(flow.Complete), string(flow.Incomplete), string(flow.Doubtful)))
+		x.Backups[id()] = flow.BackupState(name(string(flow.Complete), string(flow.Taken), string(flow.Incomplete), string(flow.Doubtful)))
 	}
 	for range r.IntN(3) {
 		x.Copies = append(x.Copies, standing(id(), backup.Purpose(name("restore", "verify", "dump")), r.IntN(2) == 0))
@@ -161,7 +163,7 @@ func mayNot(x flow.Facts, a flow.Action) string {
 	named := slices.ContainsFunc(x.Intents, func(i backup.Intent) bool { return i.ID == a.Intent.ID && i.Deletes == a.Intent.Deletes })
 	ledger := slices.ContainsFunc(x.Copies, func(c backup.Copy) bool { return c.ID == a.Copy.ID })
 	switch a.Kind {
-	case flow.RemoveBackup, flow.EndIntent:
+	case flow.RemoveBackup, flow.FinishBackup, flow.EndIntent:
 		switch state := x.Backups[a.Intent.ID]; {
 		case !named:
 			return "no intent names it"
@@ -169,8 +171,10 @@ func mayNot(x flow.Facts, a flow.Action) string {
 			return "it is another host's"
 		case x.Busy["backup-"+x.Cluster]:
 			return "somebody works on it"
-		case a.Kind == flow.RemoveBackup && !a.Intent.Deletes && (state == flow.Complete || state == flow.Doubtful):
+		case a.Kind == flow.RemoveBackup && !a.Intent.Deletes && (state == flow.Complete || state == flow.Taken || state == flow.Doubtful):
 			return "it is " + string(state)
+		case a.Kind == flow.FinishBackup && (a.Intent.Deletes || state != flow.Taken):
+			return "there is nothing to finish"
 		case a.Kind == flow.EndIntent && state != flow.Complete:
 			return "an intent is all that leads to it"
 		}

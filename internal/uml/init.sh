@@ -52,6 +52,13 @@ cat "$x/stdout.pipe" >>"$x/stdout" &
 out=$!
 cat "$x/stderr.pipe" >>"$x/stderr" &
 err=$!
+# A sign of life that the runner watches, and an ear for its last question: which tasks are blocked, to the console.
+while :; do
+    echo "$SECONDS" >"$x/alive"
+    [[ -e $x/stuck && ! -e $x/told ]] && echo w >/proc/sysrq-trigger && : >"$x/told"
+    sleep 2
+done &
+alive=$!
 via=()
 [[ ${args[0]} == *=* ]] && via=(/usr/bin/setsid --) # env takes a program with = in its name for a variable
 : >"$x/started"
@@ -60,6 +67,7 @@ via=()
     exec /usr/bin/env -i -- "${env[@]}" "${via[@]}" "${args[@]}"
 ) </dev/null >"$x/stdout.pipe" 2>"$x/stderr.pipe"
 status=$?
+kill "$alive"
 # What the program left running may hold the pipes open: two seconds for what is still in them.
 { sleep 2; kill "$out" "$err"; } &
 wait "$out" "$err"

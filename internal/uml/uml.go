@@ -28,11 +28,18 @@ import (
 // ErrTimeout says that the program did not end within [Guest.Timeout] and the guest was killed.
 var ErrTimeout = errors.New("guest timed out")
 
+// ErrHung says that the guest's kernel stood still for minutes, whatever runs in it, and was killed. It is trouble of the runner, not
+// of the program: running it again is fair.
+var ErrHung = errors.New("guest hung")
+
 const (
 	defaultMemory = 3 << 30
 	leastMemory   = 64 << 20 // below that the kernel does not come to its init
 	bootLimit     = 3 * time.Minute
 	pollEvery     = 50 * time.Millisecond
+	hungAfter     = 5 * time.Minute // without a sign of life, which comes every two seconds
+	lookEvery     = 5 * time.Second
+	lastQuestion  = 10 * time.Second // for the guest to say which tasks are blocked
 )
 
 // Guest describes one run of one program. Its zero value but for Args can be run.
@@ -64,7 +71,8 @@ type Guest struct {
 
 // Run boots a guest, runs the program and returns its exit status, 128+N if signal N killed it, 127 if it was not found and 126 if it
 // could not be started, all as a shell does. err speaks of the run itself, never of the program: the guest did not boot (with the end of
-// its console), it ended without a status, a writer failed, ctx ended (wrapped ctx.Err()) or Timeout passed ([ErrTimeout]).
+// its console), it ended without a status, a writer failed, ctx ended (wrapped ctx.Err()), Timeout passed ([ErrTimeout], with the tasks
+// that were blocked) or its kernel stood still ([ErrHung]).
 // Whatever happens, when Run returns the guest is gone and the host is as before.
 func (g Guest) Run(ctx context.Context) (exit int, err error) {
 	if err := ctx.Err(); err != nil {
@@ -85,11 +93,11 @@ func (g Guest) Run(ctx context.Context) (exit int, err error) {
 		return 0, fmt.Errorf("prepare guest: %w", err)
 	}
 	defer func() { err = errors.Join(err, x.remove()) }()
-	limited := ctx
+	limited, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
 	if g.Timeout > 0 {
-		var stop context.CancelFunc
-		limited, stop = context.WithTimeoutCause(ctx, g.Timeout, fmt.Errorf("%w after %v", ErrTimeout, g.Timeout))
-		defer stop()
+		limit := time.AfterFunc(g.Timeout, func() { stop(fmt.Errorf("%w after %v%s", ErrTimeout, g.Timeout, x.blocked(limited))) })
+		defer limit.Stop()
 	}
 	exit, err = x.run(limited, g)
 	if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) { // a cause of the caller's own
@@ -116,6 +124,7 @@ func (x *exchange) run(ctx context.Context, g Guest) (int, error) {
 		}
 	})
 	defer booting.Stop()
+	go x.watch(ctx, abort)
 	out.start(func(err error) { abort(fmt.Errorf("pass on output: %w", err)) })
 	end := k.wait(ctx)
 	if err := out.stop(); err != nil {
@@ -132,6 +141,53 @@ func (x *exchange) run(ctx context.Context, g Guest) (int, error) {
 		end = errors.New("powered off")
 	}
 	return 0, fmt.Errorf("%w (%w)%s", err, end, x.consoleTail())
+}
+
+// watch looks for the guest's sign of life and ends a guest that hangs.
+func (x *exchange) watch(ctx context.Context, abort func(error)) {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	var seen, since time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-tick.C:
+			info, err := os.Stat(x.path("alive"))
+			if err != nil || !info.ModTime().Equal(seen) || since.IsZero() { // not there before the program is started
+				since = now
+				if err == nil {
+					seen = info.ModTime()
+				}
+			}
+			if now.Sub(since) > hungAfter && x.started() {
+				abort(fmt.Errorf("%w: no sign of life for %v%s", ErrHung, hungAfter, x.consoleTail()))
+				return
+			}
+		}
+	}
+}
+
+// blocked asks the guest which of its tasks are blocked and returns the end of its console.
+func (x *exchange) blocked(ctx context.Context) string {
+	if !x.started() || os.WriteFile(x.path("stuck"), nil, 0o600) != nil {
+		return x.consoleTail()
+	}
+	limit := time.After(lastQuestion)
+	tick := time.NewTicker(pollEvery)
+	defer tick.Stop()
+	for {
+		if _, err := os.Stat(x.path("told")); err == nil {
+			return x.consoleTail()
+		}
+		select {
+		case <-ctx.Done():
+			return ""
+		case <-limit:
+			return " (the guest does not say which tasks are blocked)" + x.consoleTail()
+		case <-tick.C:
+		}
+	}
 }
 
 // complete fills in the defaults and refuses what cannot be run.

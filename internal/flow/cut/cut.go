@@ -1,6 +1,7 @@
 // Package cut takes the snapshots of all volumes of a topology at one instant.
 //
-//	Prepare → Arm → syncfs until quick → flush LSN → Freeze → Take → Thaw → check the set
+//	freeze: Prepare → Arm → syncfs until quick → flush LSN → Freeze → Take → Thaw → check the set
+//	group:  Prepare → flush LSN → Take → check the set
 //
 // What always holds when Run returns, also with an error or when ctx ends:
 // nothing is frozen. Snapshots of a failed cut are left to the caller, who
@@ -24,7 +25,7 @@ type Options struct {
 	ID       backup.ID
 	Cluster  string
 	Topology backup.Topology
-	Mode     backup.Mode // freeze; none only for the drill
+	Mode     backup.Mode // auto, group or freeze; none only for the drill
 	Skew     time.Duration
 	Deadline time.Duration // of the watchdog, from the first FIFREEZE
 	Quick    time.Duration // a syncfs round this short ends the rounds
@@ -32,8 +33,11 @@ type Options struct {
 	Watchdog []string      // command that runs host.Watch
 	// FlushedLSN returns the end of a WAL record that is flushed now.
 	FlushedLSN func(ctx context.Context) (backup.LSN, error)
-	// BeforeFreeze runs when all is armed, before the first syncfs; it may be nil.
+	// BeforeFreeze runs when all is prepared and armed, before the first syncfs
+	// or, in a group, before the snapshots; it may be nil.
 	BeforeFreeze func(ctx context.Context) error
+
+	why error // auto chose the freeze
 }
 
 // Provider is the part of provider.Provider that a cut needs.
@@ -55,7 +59,7 @@ func Run(ctx context.Context, p Provider, o Options) (res Result, err error) {
 	for _, m := range members {
 		set.Members = append(set.Members, provider.Member{Volume: m.Volume.ID, Tags: backup.SnapshotTags(o.ID, o.Cluster, m, len(members))})
 	}
-	prepared, err := p.Prepare(ctx, set)
+	prepared, err := prepare(ctx, p, &set, &o)
 	if err != nil {
 		return res, fmt.Errorf("prepare the snapshots: %w", err)
 	}
@@ -76,8 +80,28 @@ func Run(ctx context.Context, p Provider, o Options) (res Result, err error) {
 	return res, judge(&res, members, o)
 }
 
+// prepare settles what auto means: the provider's group where it has one for
+// these volumes, which does not touch production, else the freeze. Only
+// ErrUnsupported says that there is no group; a permission that is missing, or
+// a limit, must not turn into a freeze that nobody asked for.
+func prepare(ctx context.Context, p Provider, set *provider.Set, o *Options) (provider.Cut, error) {
+	set.Group = o.Mode == backup.ModeAuto || o.Mode == backup.ModeGroup
+	prepared, err := p.Prepare(ctx, *set)
+	if o.Mode != backup.ModeAuto {
+		return prepared, err
+	}
+	o.Mode = backup.ModeGroup
+	if errors.Is(err, backup.ErrUnsupported) {
+		o.Mode, set.Group, o.why = backup.ModeFreeze, false, err
+		return p.Prepare(ctx, *set)
+	}
+	return prepared, err
+}
+
 func take(ctx context.Context, prepared provider.Cut, o Options) (provider.Taken, Result, error) {
 	switch o.Mode {
+	case backup.ModeGroup:
+		return takeGroup(ctx, prepared, o)
 	case backup.ModeFreeze:
 		return takeFrozen(ctx, prepared, o)
 	case backup.ModeNone:
@@ -98,8 +122,34 @@ func takeBare(ctx context.Context, prepared provider.Cut, o Options) (provider.T
 	return taken, res, err
 }
 
+// takeGroup lets the provider cut all members at one instant. Nothing is
+// frozen, synced or asked of the kernel: to production it is as if the power
+// had failed once, on the copy.
+func takeGroup(ctx context.Context, prepared provider.Cut, o Options) (taken provider.Taken, res Result, err error) {
+	res.Cut = backup.Cut{Achieved: backup.Torn, How: backup.ModeGroup}
+	if o.BeforeFreeze != nil {
+		if err := o.BeforeFreeze(ctx); err != nil {
+			return taken, res, err
+		}
+	}
+	if res.Cut.FlushLSN, err = o.FlushedLSN(ctx); err != nil {
+		return taken, res, fmt.Errorf("note the flushed LSN: %w", err)
+	}
+	if taken, err = prepared.Take(ctx); err != nil {
+		return taken, res, err
+	}
+	if !taken.Atomic {
+		return taken, res, fmt.Errorf("the provider does not vouch for one instant over all members: %w", backup.ErrVoid)
+	}
+	res.Cut.Achieved = backup.Atomic
+	return taken, res, nil
+}
+
 func takeFrozen(ctx context.Context, prepared provider.Cut, o Options) (taken provider.Taken, res Result, err error) {
 	res.Cut = backup.Cut{Achieved: backup.Torn, How: backup.ModeFreeze, Deadline: o.Deadline}
+	if o.why != nil && !local(o.Topology) { // that the local provider has no group is no news
+		res.Cut.Notes = append(res.Cut.Notes, fmt.Sprintf("frozen, because there is no group: %v", o.why))
+	}
 	var mounts []string
 	for _, i := range o.Topology.FreezeOrder() {
 		mounts = append(mounts, o.Topology.Filesystems[i].Mountpoint)
@@ -180,6 +230,11 @@ func judge(res *Result, members []backup.Member, o Options) error {
 	}
 	res.Cut.FreezeMS = ms(thawed.Sub(called))
 	return nil
+}
+
+func local(t backup.Topology) bool {
+	members := t.Members()
+	return len(members) > 0 && members[0].Volume.Provider == "local"
 }
 
 func earlier(a, b time.Time) time.Time {

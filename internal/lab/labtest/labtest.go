@@ -7,6 +7,7 @@ package labtest
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -81,10 +82,16 @@ func runInGuest(t *testing.T) {
 	if d, ok := t.Deadline(); ok {
 		timeout = min(timeout, time.Until(d)-5*time.Second)
 	}
-	var out bytes.Buffer
 	env := []string{"PATH=" + os.Getenv("PATH"), "HOME=/root", "LANG=C.UTF-8", binaryVariable + "=" + Binary(t)}
-	code, err := uml.Guest{Args: []string{exe, "-test.run=^" + t.Name() + "$", "-test.v", "-test.timeout=" + (timeout - lastWords).String()},
-		Env: env, Dir: dir, Scratch: 24 << 30, Stdout: &out, Stderr: &out, Timeout: timeout}.Run(t.Context())
+	var out bytes.Buffer
+	guest := uml.Guest{Args: []string{exe, "-test.run=^" + t.Name() + "$", "-test.v", "-test.timeout=" + (timeout - lastWords).String()},
+		Env: env, Dir: dir, Scratch: 24 << 30, Stdout: &out, Stderr: &out, Timeout: timeout}
+	code, err := guest.Run(t.Context())
+	if errors.Is(err, uml.ErrHung) { // the runner's trouble, not the test's; a second time it is reported
+		t.Logf("NOTE the guest hung and is run again: %v\n%s", err, out.String())
+		out.Reset()
+		code, err = guest.Run(t.Context())
+	}
 	t.Logf("in the user-mode guest:\n%s", out.String())
 	if err != nil {
 		t.Fatal(err)
