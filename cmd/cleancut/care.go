@@ -15,10 +15,13 @@ import (
 )
 
 func (a *app) deleteCommand() *cobra.Command {
-	var yes bool
+	var yes, last bool
 	c := &cobra.Command{
 		Use: "delete ID", GroupID: "care", Args: exactly(1, "the id of a backup"),
 		Short: "Delete one backup for good: its snapshots as a whole set, its records, its dumps",
+		Long: `Delete one backup for good: its snapshots as a whole set, its records, its dumps.
+A backup that is held is refused (see "cleancut hold"), and so is the last one
+with a good verdict unless --force-last is given (exit status 2).`,
 		RunE: func(c *cobra.Command, args []string) error {
 			id, err := backup.ParseID(args[0])
 			if err != nil {
@@ -35,13 +38,18 @@ func (a *app) deleteCommand() *cobra.Command {
 					return fmt.Errorf("%w: not deleted", backup.ErrUsage)
 				}
 			}
-			if err := f.Delete(c.Context(), id); err != nil {
+			remove := f.Delete
+			if last {
+				remove = f.DeleteLast
+			}
+			if err := remove(c.Context(), id); err != nil {
 				return err
 			}
 			return a.print(map[string]any{"deleted": id}, func() { a.line("backup %s is deleted", id) })
 		},
 	}
 	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask on a terminal")
+	c.Flags().BoolVar(&last, "force-last", false, "also the last backup with a good verdict")
 	return c
 }
 

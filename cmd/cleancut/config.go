@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"sort"
+	"strconv"
 	"strings"
 
 	"github.com/pelletier/go-toml/v2"
@@ -17,30 +18,44 @@ import (
 	"cleancut/internal/flow"
 	"cleancut/internal/postgres"
 	"cleancut/internal/provider"
+	"cleancut/internal/provider/ec2"
 	"cleancut/internal/provider/local"
 	"cleancut/internal/state"
 )
 
 // config is the configuration file, see docs/configuration.md.
 type config struct {
-	Catalog  string                   `toml:"catalog"`
-	State    string                   `toml:"state"`
-	Host     string                   `toml:"host"`
-	BinDirs  []string                 `toml:"bin_dirs"`
-	Cluster  map[string]clusterConfig `toml:"cluster"`
-	Provider providerConfig           `toml:"provider"`
+	Catalog   string                   `toml:"catalog"`
+	State     string                   `toml:"state"`
+	Host      string                   `toml:"host"`
+	BinDirs   []string                 `toml:"bin_dirs"`
+	Cluster   map[string]clusterConfig `toml:"cluster"`
+	Provider  providerConfig           `toml:"provider"`
+	Retention retentionConfig          `toml:"retention"`
 }
 
 type clusterConfig struct {
-	DSN           string `toml:"dsn"`
-	DataDirectory string `toml:"data_directory"`
-	Provider      string `toml:"provider"`
+	DSN           string          `toml:"dsn"`
+	DataDirectory string          `toml:"data_directory"`
+	Provider      string          `toml:"provider"`
+	Retention     retentionConfig `toml:"retention"`
 }
 
 type providerConfig struct {
 	Local struct {
 		Pool string `toml:"pool"`
 	} `toml:"local"`
+	EC2 struct {
+		Region     string `toml:"region"`
+		Endpoint   string `toml:"endpoint"`
+		Instance   string `toml:"instance"`
+		Devices    string `toml:"devices"`
+		VolumeType string `toml:"volume_type"`
+		IOPS       int32  `toml:"iops"`
+		Throughput int32  `toml:"throughput"`
+		Rate       int32  `toml:"initialization_rate"`
+		KMSKey     string `toml:"kms_key"`
+	} `toml:"ec2"`
 }
 
 const (
@@ -59,14 +74,31 @@ type overrides struct {
 // overridable names every flag that overrides a key, with its help.
 func overridable() map[string]string {
 	return map[string]string{
-		"catalog":        "where manifests, verdicts and dumps are kept: file:///DIR (default " + defaultCatalog + ")",
+		"catalog":        "where manifests, verdicts and dumps are kept: file:///DIR or s3://BUCKET/PREFIX (default " + defaultCatalog + ")",
 		"state":          "folder for what this host remembers: copies and locks (default " + defaultState + ")",
 		"host-name":      "name of this host in tags and records (default: the system's)",
 		"bin-dirs":       "where PostgreSQL's programs are, colon-separated (default: Debian's and PGDG's places, PATH)",
 		"dsn":            "connection string of the running server (default \"" + defaultDSN + "\")",
 		"data-directory": "data directory of the running server, instead of a dsn",
-		"provider":       "who owns the volumes: local",
+		"provider":       "who owns the volumes: local or ec2",
 		"pool":           "pool of the local provider: a folder on XFS (reflink=1) or btrfs",
+	}
+}
+
+// overridableEC2 names the flags for the keys of [provider.ec2]. They are left
+// out of the help of every command: a configuration file or variables are the
+// place for them.
+func overridableEC2() map[string]string {
+	return map[string]string{
+		"ec2-region":              "region (default: the SDK's chain, then the instance's metadata)",
+		"ec2-endpoint":            "address of EC2's API",
+		"ec2-instance":            "this instance (default: the instance's metadata)",
+		"ec2-devices":             "folder that stands for /, with sys/block and dev in it: for the test server",
+		"ec2-volume-type":         "type of the volumes that are made (default gp3)",
+		"ec2-iops":                "their IOPS",
+		"ec2-throughput":          "their throughput, MiB/s",
+		"ec2-initialization-rate": "how fast EC2 fills volumes from snapshots, MiB/s (costs extra)",
+		"ec2-kms-key":             "key for volumes from unencrypted snapshots",
 	}
 }
 
@@ -74,6 +106,10 @@ func (o *overrides) register(p *pflag.FlagSet) {
 	o.flags = p
 	for name, usage := range overridable() {
 		p.String(name, "", usage+" [$"+variable(name)+"]")
+	}
+	for name, usage := range overridableEC2() {
+		p.String(name, "", usage+" [$"+variable(name)+"]")
+		_ = p.MarkHidden(name) // it was made one line above
 	}
 }
 
@@ -88,6 +124,20 @@ func (o *overrides) set(flag string, to *string) {
 	} else if v, ok := os.LookupEnv(variable(flag)); ok {
 		*to = v
 	}
+}
+
+// setNumber is set for a number.
+func (o *overrides) setNumber(flag string, to *int32) error {
+	var text string
+	if o.set(flag, &text); text == "" {
+		return nil
+	}
+	n, err := strconv.ParseInt(text, 10, 32)
+	if err != nil || n < 0 {
+		return fmt.Errorf("%w: --%s (or %s): %q is no number that could be meant", backup.ErrUsage, flag, variable(flag), text)
+	}
+	*to = int32(n)
+	return nil
 }
 
 // settings is the configuration of one cluster, overrides applied.
@@ -107,8 +157,15 @@ func (a *app) settings() (s settings, err error) {
 	s.cluster = s.Cluster[s.name]
 	bin := strings.Join(s.BinDirs, ":")
 	for flag, to := range map[string]*string{"catalog": &s.Catalog, "state": &s.State, "host-name": &s.Host, "bin-dirs": &bin,
-		"dsn": &s.cluster.DSN, "data-directory": &s.cluster.DataDirectory, "provider": &s.cluster.Provider, "pool": &s.Provider.Local.Pool} {
+		"dsn": &s.cluster.DSN, "data-directory": &s.cluster.DataDirectory, "provider": &s.cluster.Provider, "pool": &s.Provider.Local.Pool,
+		"ec2-region": &s.Provider.EC2.Region, "ec2-endpoint": &s.Provider.EC2.Endpoint, "ec2-instance": &s.Provider.EC2.Instance,
+		"ec2-devices": &s.Provider.EC2.Devices, "ec2-volume-type": &s.Provider.EC2.VolumeType, "ec2-kms-key": &s.Provider.EC2.KMSKey} {
 		a.over.set(flag, to)
+	}
+	for flag, to := range map[string]*int32{"ec2-iops": &s.Provider.EC2.IOPS, "ec2-throughput": &s.Provider.EC2.Throughput, "ec2-initialization-rate": &s.Provider.EC2.Rate} {
+		if err := a.over.setNumber(flag, to); err != nil {
+			return s, err
+		}
 	}
 	s.BinDirs = strings.FieldsFunc(bin, func(r rune) bool { return r == ':' })
 	orElse(&s.Catalog, defaultCatalog)
@@ -211,7 +268,9 @@ func (a *app) provider(ctx context.Context, s settings) (provider.Provider, erro
 		}
 		return local.Open(ctx, s.Provider.Local.Pool, a.log)
 	case "ec2":
-		return nil, fmt.Errorf("provider ec2: %w", backup.ErrNotThere)
+		e := s.Provider.EC2
+		return ec2.Open(ctx, ec2.Options{Region: e.Region, Endpoint: e.Endpoint, Instance: e.Instance, Devices: e.Devices, VolumeType: e.VolumeType,
+			IOPS: e.IOPS, Throughput: e.Throughput, InitializationRate: e.Rate, KMSKey: e.KMSKey}, a.log)
 	}
 	return nil, fmt.Errorf("%w: provider %q: local or ec2", backup.ErrUsage, s.cluster.Provider)
 }
@@ -259,5 +318,9 @@ func (s settings) target() postgres.Target {
 
 // keepAway lists what must not lie on a filesystem that is frozen.
 func (s settings) keepAway() []string {
-	return []string{strings.TrimPrefix(s.Catalog, "file://"), s.Provider.Local.Pool, os.TempDir()}
+	out := []string{s.Provider.Local.Pool, os.TempDir()}
+	if dir, ok := strings.CutPrefix(s.Catalog, "file://"); ok {
+		out = append(out, dir)
+	}
+	return out
 }

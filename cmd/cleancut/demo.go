@@ -15,7 +15,7 @@ import (
 
 func (a *app) demoCommand() *cobra.Command {
 	o := demo.Options{Version: version}
-	var size string
+	var size, mode string
 	var here bool
 	c := &cobra.Command{
 		Use: "demo", GroupID: "look", Args: exactly(0, ""),
@@ -25,12 +25,17 @@ by md RAID 0 under XFS, a PostgreSQL cluster under load, one atomic cut,
 restored beside itself as another host would, recovered, verified, dumped,
 and everything removed again.
 
+With --provider ec2 every step goes through the AWS SDK to an EC2 test server
+over real block devices, and to an S3 server that holds the catalog; one
+instance is cut, another restores.
+
 It runs natively where the kernel has md and this user is root, else in a
 user-mode Linux guest, which needs neither.`,
 		RunE: func(c *cobra.Command, _ []string) (err error) {
 			if o.VolumeSize, err = backup.ParseBytes(size); err != nil {
 				return err
 			}
+			o.Mode = backup.Mode(mode)
 			if o.Program, err = os.Executable(); err != nil {
 				return fmt.Errorf("own program: %w", err)
 			}
@@ -60,6 +65,10 @@ user-mode Linux guest, which needs neither.`,
 	}
 	f := c.Flags()
 	f.Int64Var(&o.Rows, "rows", 0, "rows of the play database (default: about 100 MB)")
+	f.StringVar(&o.Provider, "provider", "local", "who owns the volumes: local, or ec2 over a test server with an S3 server beside it")
+	f.StringVar(&mode, "mode", "auto", "auto, group (ec2) or freeze")
+	f.DurationVar(&o.Latency, "latency", 0, "ec2: of every call")
+	f.DurationVar(&o.Skew, "skew", 0, "ec2: between the snapshots of calls that are sent at once")
 	f.StringVar(&size, "size", "2G", "size of each of the four volumes")
 	f.StringVar(&o.Report, "report", "cleancut-demo.html", "file for the report")
 	f.BoolVar(&here, "here", false, "run in this process's kernel, whatever it is")

@@ -24,12 +24,13 @@ type listed struct {
 	FreezeMS float64            `json:"freeze_ms"`
 	Verdict  string             `json:"verdict"` // good, damaged, none
 	Dumps    int                `json:"dumps"`
+	Held     bool               `json:"held"`
 	Age      float64            `json:"age_seconds"`
 }
 
 func entryLine(e catalog.Entry) listed {
 	l := listed{ID: e.ID, Cluster: e.Manifest.Cluster, State: "complete", Achieved: e.Manifest.Cut.Achieved, How: e.Manifest.Cut.How,
-		Volumes: len(e.Manifest.Snapshots), FreezeMS: e.Manifest.Cut.FreezeMS, Verdict: "none", Dumps: len(e.Dumps), Age: time.Since(e.ID.Time()).Seconds()}
+		Volumes: len(e.Manifest.Snapshots), FreezeMS: e.Manifest.Cut.FreezeMS, Verdict: "none", Dumps: len(e.Dumps), Age: time.Since(e.ID.Time()).Seconds(), Held: e.Held(time.Now()) != ""}
 	for _, s := range e.Manifest.Snapshots {
 		l.Size += s.Volume.Size
 	}
@@ -75,10 +76,14 @@ func (a *app) listText(s settings, out []listed) {
 		a.line("no backups of cluster %s in %s", s.name, s.Catalog)
 		return
 	}
-	rows := [][]string{{"BACKUP", "AGE", "STATE", "CUT", "FROZEN", "VOLUMES", "SIZE", "VERDICT", "DUMPS"}}
+	rows := [][]string{{"BACKUP", "AGE", "STATE", "CUT", "FROZEN", "VOLUMES", "SIZE", "VERDICT", "DUMPS", "HOLD"}}
 	for _, l := range out {
+		hold := "-"
+		if l.Held {
+			hold = "held"
+		}
 		rows = append(rows, []string{string(l.ID), age(l.Age), l.State, strings.TrimSpace(fmt.Sprintf("%s %s", l.Achieved, l.How)), fmt.Sprintf("%.0f ms", l.FreezeMS),
-			fmt.Sprint(l.Volumes), l.Size.String(), l.Verdict, fmt.Sprint(l.Dumps)})
+			fmt.Sprint(l.Volumes), l.Size.String(), l.Verdict, fmt.Sprint(l.Dumps), hold})
 	}
 	a.table(rows)
 	if s.cluster.Provider == "local" {
@@ -119,7 +124,7 @@ func (a *app) showCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.print(map[string]any{"manifest": e.Manifest, "complete": e.Complete, "verdicts": e.Verdicts, "dumps": shownDumps(e.Dumps)}, func() { a.showText(e) })
+			return a.print(map[string]any{"manifest": e.Manifest, "complete": e.Complete, "verdicts": e.Verdicts, "dumps": shownDumps(e.Dumps), "holds": shownHolds(e.Holds)}, func() { a.showText(e) })
 		},
 	}
 }
@@ -159,6 +164,7 @@ func (a *app) showText(e catalog.Entry) {
 	for _, v := range e.Verdicts {
 		a.verdictText(v)
 	}
+	a.holdsText(e)
 	for _, d := range e.Dumps {
 		a.line("dump %s, %s", d.Name, d.Size)
 	}

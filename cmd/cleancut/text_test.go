@@ -51,7 +51,7 @@ func TestHelpTexts(t *testing.T) {
 		golden(t, filepath.Join("help", "cleancut"+strings.ReplaceAll(" "+command, " ", "-")+".txt"), o.out)
 		return o.out
 	}
-	for _, m := range regexp.MustCompile(`(?m)^  ([a-z]+) +[A-Z]`).FindAllStringSubmatch(help(""), -1) {
+	for _, m := range regexp.MustCompile(`(?m)^  ([a-z0-9]+) +[A-Z]`).FindAllStringSubmatch(help(""), -1) {
 		if name := m[1]; name != "help" && name != "completion" {
 			for _, sub := range regexp.MustCompile(`(?m)^  ([a-z]+) +[A-Z]`).FindAllStringSubmatch(help(name), -1) {
 				help(name + " " + sub[1])
@@ -62,7 +62,7 @@ func TestHelpTexts(t *testing.T) {
 
 func TestEveryCommandIsKnownToTheHelp(t *testing.T) {
 	out := bare(t).must(t, "--help").out
-	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "delete", "sweep", "thaw", "demo"} {
+	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "delete", "hold", "prune", "sweep", "thaw", "demo", "ec2sim"} {
 		if !regexp.MustCompile(`(?m)^  ` + c + ` `).MatchString(out) {
 			t.Errorf("%s is not in the help", c)
 		}

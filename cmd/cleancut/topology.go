@@ -30,7 +30,11 @@ func (a *app) topologyCommand() *cobra.Command {
 				a.line("cluster %s: %s in %s", s.name, running.Server.Version, running.Server.DataDirectory)
 				a.topologyText(t)
 				a.line("\na cut can be %s", reach)
-				a.line("  (no group snapshot: the local provider cuts each volume by itself)")
+				if s.cluster.Provider == "local" {
+					a.line("  (no group snapshot: the local provider cuts each volume by itself)")
+				} else {
+					a.line("  or by one CreateSnapshots call for all volumes of an instance, which freezes nothing: --mode auto asks EC2 for that first")
+				}
 			})
 		},
 	}

@@ -39,7 +39,7 @@ func TestEveryKeyThatIsWrittenIsDescribed(t *testing.T) {
 			}
 		}
 	}
-	for _, v := range []any{backup.Manifest{}, backup.Complete{}, backup.Verdict{}, backup.Intent{}} {
+	for _, v := range []any{backup.Manifest{}, backup.Complete{}, backup.Verdict{}, backup.Intent{}, backup.Hold{}} {
 		walk(reflect.TypeOf(v))
 	}
 	if len(seen) < 12 {

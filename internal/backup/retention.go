@@ -100,13 +100,14 @@ func (r Retention) Check() error {
 // Candidate is what PlanRetention knows of a backup.
 type Candidate struct {
 	ID         ID
-	Incomplete bool   // without its second fact: being made, or interrupted
-	Unreadable string // why its records cannot be read or judged; it may be a good backup
-	Begun      string // an intent names it: somebody makes or deletes it, or did
-	Torn       bool   // the drill's; nothing else restores it
-	Verdict    Word   // of its newest verdict
-	Held       string // by whom and why; empty: it is not held
-	InUse      string // what is made of it just now or stands somewhere
+	Created    time.Time // orders those of one second; zero where it is not known
+	Incomplete bool      // without its second fact: being made, or interrupted
+	Unreadable string    // why its records cannot be read or judged; it may be a good backup
+	Begun      string    // an intent names it: somebody makes or deletes it, or did
+	Torn       bool      // the drill's; nothing else restores it
+	Verdict    Word      // of its newest verdict
+	Held       string    // by whom and why; empty: it is not held
+	InUse      string    // what is made of it just now or stands somewhere
 }
 
 // Word is a verdict in one word.
@@ -150,7 +151,9 @@ func PlanRetention(all []Candidate, rules Retention, now time.Time) (keep, remov
 		return nil, nil, err
 	}
 	all = slices.Clone(all)
-	slices.SortFunc(all, func(a, b Candidate) int { return cmp.Compare(b.ID, a.ID) }) // newest first
+	slices.SortFunc(all, func(a, b Candidate) int { // newest first
+		return cmp.Or(b.ID.Time().Compare(a.ID.Time()), b.Created.Compare(a.Created), cmp.Compare(b.ID, a.ID))
+	})
 	why := map[ID][]string{}
 	because := func(id ID, reason string) { why[id] = append(why[id], reason) }
 	var counted, sound []Candidate

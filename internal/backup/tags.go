@@ -21,6 +21,7 @@ const (
 	TagCopy    = "cleancut:copy"    // ID of the copy a volume was made for
 	TagHost    = "cleancut:host"    // host the volume was made for
 	TagStorage = "cleancut:storage" // name given to `storage create`
+	TagCut     = "cleancut:cut"     // one value for all snapshots of one cut, and for no others
 )
 
 // SnapshotTags describes member m of count members of the backup id.

@@ -197,6 +197,10 @@ func (c *Catalog) SideFile(ctx context.Context, id backup.ID, f backup.SideFile)
 		return nil, err
 	}
 	b, err := c.read(ctx, key)
+	if errors.Is(err, backup.ErrNotFound) {
+		err = backup.Hint(fmt.Errorf("side file %s: %w", f.Path, err),
+			"it was lost with the catalog, if that was rebuilt from the snapshots' tags: they hold no side files; take it from another backup or from the server")
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -204,6 +208,16 @@ func (c *Catalog) SideFile(ctx context.Context, id backup.ID, f backup.SideFile)
 		return nil, backup.Hint(fmt.Errorf("%s (%s): %w: its SHA-256 is not the manifest's", key, f.Path, backup.ErrDamage), hintDamaged)
 	}
 	return b, nil
+}
+
+// SideFiles returns the names of the side files that are there.
+func (c *Catalog) SideFiles(ctx context.Context, id backup.ID) ([]string, error) {
+	objects, err := c.list(ctx, id, "files")
+	var out []string
+	for _, o := range objects {
+		out = append(out, o.Key[strings.LastIndexByte(o.Key, '/')+1:])
+	}
+	return out, err
 }
 
 // Dump tells of an SQL dump in the catalog.

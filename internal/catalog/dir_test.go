@@ -31,7 +31,15 @@ import (
 func TestMain(m *testing.M) {
 	switch root := os.Getenv("CATALOG_ROOT"); os.Getenv("CATALOG_CHILD") {
 	case "":
-		os.Exit(m.Run())
+		code := m.Run()
+		if built.dir != "" {
+			_ = os.RemoveAll(built.dir)
+		}
+		os.Exit(code)
+	case "s3 put":
+		putMuch()
+	case "s3 get":
+		getMuch()
 	case "stall":
 		stall(catalog.NewDir(root))
 	case "stall by link":
@@ -312,7 +320,9 @@ func TestOpen(t *testing.T) {
 		}
 	}
 	for location, want := range map[string]error{
-		"s3://bucket/prefix": backup.ErrNotThere, "s3://key:hidden@bucket": backup.ErrNotThere,
+		"s3://key:hidden@bucket": backup.ErrUsage, "s3:///prefix": backup.ErrUsage, "s3://bucket/../x": backup.ErrUsage, "s3://bucket/a//b": backup.ErrUsage,
+		"s3://bucket/x?regoin=eu-central-1": backup.ErrUsage, "s3://bucket/x?path_style=yes": backup.ErrUsage, "s3://bucket/x?endpoint=localhost:9000": backup.ErrUsage,
+		"s3://bucket/x?endpoint=https://u:hidden@h": backup.ErrUsage, "s3://bucket:80/x": backup.ErrUsage, "s3://bucket/x#y": backup.ErrUsage, "s3://bucket/x?%zz": backup.ErrUsage,
 		"": backup.ErrUsage, "relative/path": backup.ErrUsage, "file:relative": backup.ErrUsage, "file://otherhost/path": backup.ErrUsage,
 		"http://user:hidden@host/x": backup.ErrUsage, "file:///x?y=z": backup.ErrUsage, "ftp://user:hidden@host:x/%": backup.ErrUsage,
 	} {
@@ -324,8 +334,10 @@ func TestOpen(t *testing.T) {
 			t.Errorf("%q: the error tells the password: %v", location, err)
 		}
 	}
-	if _, err := catalog.Open("s3://bucket/prefix"); err == nil || !strings.Contains(err.Error(), "s3://bucket/prefix") {
-		t.Errorf("got %v, want an error that names the catalog", err)
+	for _, location := range []string{"s3://bucket", "s3://bucket/", "s3://bucket/a/b/", "s3://b.u-c/p?region=eu-central-1&endpoint=https://10.0.0.1:9000&path_style=true"} {
+		if s, err := catalog.Open(location); s == nil || err != nil {
+			t.Errorf("%s: got %v, %v, want a store", location, s, err)
+		}
 	}
 }
 

@@ -3,7 +3,7 @@
 //
 //	Manifest → PutManifest → PutComplete → Backups, Backup → … → Remove
 //
-// A Store holds named objects that are written once (Dir; S3 later), a Catalog
+// A Store holds named objects that are written once (Dir, S3), a Catalog
 // knows what the objects of one cluster mean:
 //
 //	clusters/NAME/backups/ID/manifest.json       the cut
@@ -11,6 +11,7 @@
 //	clusters/NAME/backups/ID/verdicts/TIME.json  what verification found
 //	clusters/NAME/backups/ID/files/N             side files of the manifest
 //	clusters/NAME/backups/ID/dumps/DUMP          SQL dumps made of the backup
+//	clusters/NAME/backups/ID/holds/TIME.json     who keeps it whatever retention says
 //	clusters/NAME/intents/ID.json                what is being made or deleted
 //
 // What always holds: nothing is overwritten; a backup counts only while its

@@ -17,6 +17,7 @@ type Entry struct {
 	Complete *backup.Complete // nil if it is missing, unreadable or of another manifest
 	Verdicts []backup.Verdict // newest last; only those that are readable
 	Dumps    []Dump
+	Holds    []backup.Hold // oldest first, also ended ones; only those that are readable
 
 	// Err says why the backup may not be restored, nil if the catalog knows no
 	// reason: backup.ErrIncomplete, ErrDamage, ErrUnsupported, or what the
@@ -26,6 +27,8 @@ type Entry struct {
 	// VerdictErr says which verdicts are unreadable. It hinders no restore,
 	// but the last of Verdicts may then not be the newest.
 	VerdictErr error
+	// HoldErr says which holds are unreadable: the backup then counts as held.
+	HoldErr error
 }
 
 // Backups returns every backup of the cluster, the newest last. One that
@@ -109,6 +112,7 @@ func (c *Catalog) entry(ctx context.Context, id backup.ID, objects []Object) Ent
 	}
 	e.Verdicts, e.VerdictErr = readAll[backup.Verdict](ctx, c, below(objects, "verdicts"))
 	e.Dumps = dumps(below(objects, "dumps"))
+	e.Holds, e.HoldErr = readAll[backup.Hold](ctx, c, below(objects, "holds"))
 	e.Manifest, e.Digest, e.Err = c.Manifest(ctx, id)
 	if errors.Is(e.Err, backup.ErrNotFound) {
 		e.Err = incomplete(id, "it has no manifest")

@@ -97,10 +97,10 @@ func unfit(key string) string {
 	return ""
 }
 
-// Open returns the store that location names: "file:///var/lib/cleancut" or
-// the plain absolute path. It touches nothing yet. "s3://…" is
-// backup.ErrNotThere, all else backup.ErrUsage. Errors do not repeat a
-// password that location may hold.
+// Open returns the store that location names: "file:///var/lib/cleancut", the
+// plain absolute path, or "s3://bucket/prefix" with the parameters region,
+// endpoint and path_style. It touches nothing yet. All else is
+// backup.ErrUsage. Errors do not repeat a password that location may hold.
 func Open(location string) (Store, error) {
 	if filepath.IsAbs(location) {
 		return NewDir(location), nil
@@ -112,11 +112,15 @@ func Open(location string) (Store, error) {
 	plain := u.User == nil && u.RawQuery == "" && u.Fragment == "" && (u.Host == "" || u.Host == "localhost")
 	switch {
 	case u.Scheme == "s3":
-		return nil, backup.Hint(fmt.Errorf("catalog s3://%s%s: a catalog in S3: %w", u.Host, u.Path, backup.ErrNotThere), hintLocation)
+		at, err := parseBucket(u)
+		if err != nil {
+			return nil, err
+		}
+		return &S3{at: at}, nil
 	case u.Scheme == "file" && plain && filepath.IsAbs(u.Path):
 		return NewDir(u.Path), nil
 	}
 	return nil, backup.Hint(fmt.Errorf("%w: catalog %q", backup.ErrUsage, u.Redacted()), hintLocation)
 }
 
-const hintLocation = "give file:///an/absolute/path or the plain absolute path"
+const hintLocation = "give file:///an/absolute/path, the plain absolute path or s3://bucket/prefix"

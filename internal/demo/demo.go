@@ -25,10 +25,14 @@ import (
 type Options struct {
 	Program    string // path of the cleancut program
 	Version    string
-	Rows       int64        // of the play database; 0 means about 100 MB
-	VolumeSize backup.Bytes // of each of the four volumes
-	Report     string       // file for the report
-	Out        io.Writer    // told of every step as it ends
+	Provider   string        // local or ec2, the latter over a test server
+	Mode       backup.Mode   // auto, freeze, or group with ec2
+	Latency    time.Duration // of every call to EC2
+	Skew       time.Duration // between the snapshots that EC2 makes of calls sent at once
+	Rows       int64         // of the play database; 0 means about 100 MB
+	VolumeSize backup.Bytes  // of each of the four volumes
+	Report     string        // file for the report
+	Out        io.Writer     // told of every step as it ends
 	Log        *slog.Logger
 }
 
@@ -40,7 +44,9 @@ type Result struct {
 	Mode     string  `json:"mode"`
 	Seconds  float64 `json:"seconds"`
 	Steps    []Step  `json:"steps"`
-	Report   string  `json:"report"`
+	// Calls counts what the provider's service was asked, by action.
+	Calls  map[string]int `json:"calls,omitempty"`
+	Report string         `json:"report"`
 }
 
 // Step is one step of the story (shared/scenario.md counts them).
@@ -59,7 +65,10 @@ type Step struct {
 // arrays. The error is only for what kept it from beginning; a step that fails
 // is in the result.
 func Run(ctx context.Context, o Options) (res Result, err error) {
-	res = Result{Where: string(lab.Where(ctx)), Provider: "local", Mode: string(backup.ModeFreeze), Report: o.Report}
+	if err := checkGround(o); err != nil {
+		return res, err
+	}
+	res = Result{Where: string(lab.Where(ctx)), Provider: o.Provider, Mode: string(o.Mode), Report: o.Report}
 	if os.Getenv("CLEANCUT_GUEST") != "" {
 		res.Where = string(lab.UML)
 	}
@@ -79,6 +88,10 @@ func Run(ctx context.Context, o Options) (res Result, err error) {
 			break
 		}
 	}
+	if s.manifest.Cut.How != "" {
+		res.Mode = string(s.manifest.Cut.How)
+	}
+	res.Calls = s.ground.calls()
 	// Whatever is still there after the last step, or after a failed one.
 	if err := s.cleanUp(ctx); err != nil {
 		last := &res.Steps[len(res.Steps)-1]

@@ -7,13 +7,14 @@ import (
 	"strings"
 	"testing"
 
+	"cleancut/internal/backup"
 	"cleancut/internal/demo"
 	"cleancut/internal/lab/labtest"
 )
 
 func options(t *testing.T) demo.Options {
 	t.Helper()
-	return demo.Options{Program: labtest.Binary(t), Version: "test", Rows: 10000, VolumeSize: 1 << 30,
+	return demo.Options{Program: labtest.Binary(t), Version: "test", Provider: "local", Mode: backup.ModeFreeze, Rows: 10000, VolumeSize: 1 << 30,
 		Report: filepath.Join(t.TempDir(), "report.html"), Out: os.Stdout, Log: slog.New(slog.DiscardHandler)}
 }
 

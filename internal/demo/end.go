@@ -9,8 +9,9 @@ import (
 func (s *story) figures(_ context.Context, facts map[string]any) error {
 	sum := s.load.Summary()
 	var before, during []int64
+	cut, _ := s.manifest.Span()
 	for _, p := range s.load.Series() {
-		if p.At.Before(s.manifest.Cut.Frozen[0].Called) {
+		if p.At.Before(cut) {
 			before = append(before, p.Count)
 		} else {
 			during = append(during, p.Count)

@@ -33,6 +33,7 @@ func RunInGuest(ctx context.Context, o Options) (Result, error) {
 	defer os.RemoveAll(share)
 	var out bytes.Buffer
 	args := []string{o.Program, "demo", "--here", "--json", "--report", filepath.Join(share, "report.html"),
+		"--provider", o.Provider, "--mode", string(o.Mode), "--latency", o.Latency.String(), "--skew", o.Skew.String(),
 		"--rows", strconv.FormatInt(o.Rows, 10), "--size", strconv.FormatInt(int64(o.VolumeSize), 10)}
 	code, err := uml.Guest{Args: args, Scratch: int64(8*o.VolumeSize + 8<<30), Share: []string{share}, Stdout: &out, Stderr: o.Out, Timeout: time.Hour}.Run(ctx)
 	if err != nil {

@@ -52,6 +52,9 @@ func BeOtherHost(hide []string, unmount string, in io.Reader, out io.Writer) err
 	if err := unix.Unmount(unmount, 0); err != nil {
 		return fmt.Errorf("unmount %s: %w", unmount, err)
 	}
+	if err := loopbackUp(); err != nil {
+		return err
+	}
 	if _, err := fmt.Fprintln(out, "ready"); err != nil {
 		return err
 	}
@@ -59,9 +62,28 @@ func BeOtherHost(hide []string, unmount string, in io.Reader, out io.Writer) err
 	return err
 }
 
+// loopbackUp brings up the loopback interface of a new network namespace.
+func loopbackUp() error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("socket: %w", err)
+	}
+	defer func() { _ = unix.Close(fd) }()
+	lo, err := unix.NewIfreq("lo")
+	if err != nil {
+		return err
+	}
+	lo.SetUint16(unix.IFF_UP | unix.IFF_RUNNING)
+	if err := unix.IoctlIfreq(fd, unix.SIOCSIFFLAGS, lo); err != nil {
+		return fmt.Errorf("bring up the loopback interface: %w", err)
+	}
+	return nil
+}
+
 func (s *story) startOtherHost(ctx context.Context) error {
 	s.host.state = filepath.Join(s.work, "b")
-	cmd := exec.CommandContext(context.WithoutCancel(ctx), s.Program, "demo-host", filepath.Join(s.work, "a"), s.server.socket, s.mnt)
+	args := append([]string{"demo-host", filepath.Join(s.work, "a"), s.server.socket}, s.ground.hide()...)
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), s.Program, append(args, s.mnt)...)
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -82,17 +104,17 @@ func (s *story) startOtherHost(ctx context.Context) error {
 	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "ready\n" {
 		return errStep("namespaces of the other host: %v: %s", err, said.String())
 	}
-	return nil
+	return s.ground.admit(ctx, cmd.Process.Pid)
 }
 
 // cleancut runs a command of the program on the other host and decodes its
 // JSON into v.
 func (s *story) cleancut(ctx context.Context, v any, args ...string) error {
 	args = append([]string{"--target", strconv.Itoa(s.host.holder.Process.Pid), "--mount", "--uts", "--net", "--ipc", "--", s.Program, "--json",
-		"--cluster", "demo", "--catalog", "file://" + s.catalog(), "--pool", s.poolDir(), "--state", s.host.state}, args...)
+		"--cluster", "demo", "--state", s.host.state}, append(s.ground.arguments(), args...)...)
 	cmd := exec.CommandContext(ctx, "nsenter", args...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	cmd.Env = append(s.ground.environment(), "PATH="+os.Getenv("PATH"))
 	cmd.Dir = "/"
 	var out, said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &said

@@ -18,20 +18,15 @@ import (
 	"cleancut/internal/host"
 	"cleancut/internal/load"
 	"cleancut/internal/postgres"
-	"cleancut/internal/provider/local"
 	"cleancut/internal/state"
 )
 
 // productionHost is the name that production's volumes and backups carry.
 const productionHost = "production"
 
-func (s *story) provider(ctx context.Context) (*local.Pool, error) {
-	return local.Open(ctx, s.poolDir(), s.Log)
-}
-
 // Step 1.
 func (s *story) makeStorage(ctx context.Context, facts map[string]any) error {
-	p, err := s.provider(ctx)
+	p, err := s.ground.provider(ctx)
 	if err != nil {
 		return err
 	}
@@ -119,7 +114,7 @@ func (s *story) lookAtStorage(ctx context.Context, facts map[string]any) error {
 // volumes come back (as a cloud attaches them at boot), and only the lines in
 // mdadm.conf and fstab bring the rest.
 func (s *story) reboot(ctx context.Context) error {
-	p, err := s.provider(ctx)
+	p, err := s.ground.provider(ctx)
 	if err != nil {
 		return err
 	}
@@ -288,8 +283,8 @@ func (s *story) backupBegins(ctx context.Context, facts map[string]any) error {
 	if err != nil {
 		return err
 	}
-	o := flow.BackupOptions{Target: postgres.Target{DSN: s.server.dsn("postgres")}, Mode: backup.ModeFreeze, Deadline: 60 * time.Second,
-		Quick: 500 * time.Millisecond, Rounds: 100, KeepAway: []string{s.catalog(), s.poolDir()},
+	o := flow.BackupOptions{Target: postgres.Target{DSN: s.server.dsn("postgres")}, Mode: s.Mode, Deadline: 60 * time.Second,
+		Quick: 500 * time.Millisecond, Rounds: 100, KeepAway: s.ground.keepAway(),
 		BeforeFreeze: func(ctx context.Context) error {
 			close(s.cutReady)
 			select {
@@ -317,7 +312,11 @@ func (s *story) backupBegins(ctx context.Context, facts map[string]any) error {
 
 // flow wires what the production host has.
 func (s *story) flow(ctx context.Context) (*flow.Flow, error) {
-	p, err := s.provider(ctx)
+	p, err := s.ground.provider(ctx)
+	if err != nil {
+		return nil, err
+	}
+	store, err := s.ground.store(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -325,7 +324,7 @@ func (s *story) flow(ctx context.Context) (*flow.Flow, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &flow.Flow{Provider: p, Catalog: catalog.New(catalog.NewDir(s.catalog()), "demo"), State: st, Cluster: "demo", Host: productionHost,
+	return &flow.Flow{Provider: p, Catalog: catalog.New(store, "demo"), State: st, Cluster: "demo", Host: productionHost,
 		Tool: s.Version, Watchdog: []string{s.Program, "watchdog"}, Log: s.Log}, nil
 }
 
@@ -341,15 +340,10 @@ func (s *story) theCut(ctx context.Context, facts map[string]any) error {
 		if err != nil {
 			return err
 		}
-		return f.Delete(ctx, m.ID)
+		return f.DeleteLast(ctx, m.ID)
 	})
 	s.phases = append(s.phases, phase{"backup", s.backupBegan, time.Now()})
-	first, last := m.Cut.Frozen[0].Called, m.Cut.Frozen[0].Thawed
-	for _, fr := range m.Cut.Frozen {
-		if fr.Thawed.After(last) {
-			last = fr.Thawed
-		}
-	}
+	first, last := m.Span()
 	s.promise = s.load.PromiseUntil(first, last)
 	s.promise.Facts, s.promise.Present, s.promise.Absent = &s.facts, []int{1, 2}, []int{3}
 	if err := s.load.Words.Await(ctx, s.load.Words.Count()+10); err != nil { // the stall has an end

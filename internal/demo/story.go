@@ -15,7 +15,6 @@ import (
 	"cleancut/internal/flow"
 	"cleancut/internal/lab"
 	"cleancut/internal/load"
-	"cleancut/internal/provider/local"
 )
 
 // chapter is one step to play; without run it is announced as not there yet.
@@ -58,6 +57,8 @@ type story struct {
 	work string // everything of the run is below it
 	pool string
 	mnt  string // where production's filesystem is mounted
+
+	ground ground
 
 	before  machine // what the machine had when the story began
 	undo    []undo
@@ -110,20 +111,12 @@ func newStory(ctx context.Context, o Options) (*story, error) {
 	}
 	s.later("work folder", func(context.Context) error { return os.RemoveAll(work) })
 	s.later("check that nothing is left", func(context.Context) error { return s.nothingLeft() })
-	undoPool, err := lab.Pool(ctx, s.pool, "xfs", 5*o.VolumeSize+2<<30)
-	if err != nil {
+	if err := s.newGround(ctx); err != nil {
 		return nil, errors.Join(err, s.cleanUp(ctx))
 	}
-	s.later("pool", func(context.Context) error { return undoPool() })
-	if err := local.Init(ctx, s.poolDir()); err != nil {
-		return nil, errors.Join(err, s.cleanUp(ctx))
-	}
-	s.later("empty pool", s.poolEmpty)
 	return s, nil
 }
 
-func (s *story) poolDir() string   { return s.pool }
-func (s *story) catalog() string   { return filepath.Join(s.work, "catalog") }
 func (s *story) template() string  { return filepath.Join(s.work, "initdb") }
 func (s *story) fstab() string     { return filepath.Join(s.work, "fstab") }
 func (s *story) mdadmConf() string { return filepath.Join(s.work, "mdadm.conf") }
@@ -182,23 +175,6 @@ func (s *story) nothingLeft() error {
 		return errStep("left behind: %s", strings.Join(left, "; "))
 	}
 	s.checked = append(s.checked, "no mount, loop device or process in "+s.work, fmt.Sprintf("%d md arrays, as before", now.arrays))
-	return nil
-}
-
-// poolEmpty demands that no volume and no snapshot is left in the pool.
-func (s *story) poolEmpty(ctx context.Context) error {
-	p, err := s.provider(ctx)
-	if err != nil {
-		return err
-	}
-	inv, err := p.List(ctx, nil)
-	if err != nil {
-		return err
-	}
-	if len(inv.Volumes)+len(inv.Snapshots) > 0 {
-		return errStep("the pool still has %d volumes and %d snapshots", len(inv.Volumes), len(inv.Snapshots))
-	}
-	s.checked = append(s.checked, "no volume and no snapshot in the pool")
 	return nil
 }
 

@@ -122,26 +122,12 @@ func (f *Flow) undoCopy(ctx context.Context, c backup.Copy) error {
 
 // RemoveCopy takes down the copy that stands at root on this host.
 func (f *Flow) RemoveCopy(ctx context.Context, root string) (backup.Copy, error) {
-	abs, err := filepath.Abs(root)
+	c, release, err := f.standing(root)
 	if err != nil {
-		return backup.Copy{}, err
+		return c, err
 	}
-	if real, err := filepath.EvalSymlinks(abs); err == nil {
-		abs = real
-	}
-	copies, err := f.State.Copies()
-	for _, c := range copies {
-		if c.Root != abs {
-			continue
-		}
-		release, err := f.State.Lock(lockCopy(c.ID))
-		if err != nil {
-			return c, fmt.Errorf("copy %s is being worked on: %w", c.ID, err)
-		}
-		defer release()
-		return c, f.undoCopy(ctx, c)
-	}
-	return backup.Copy{}, errors.Join(backup.Hint(fmt.Errorf("no copy at %s: %w", abs, backup.ErrNotFound), "`cleancut sweep --dry-run` lists what stands on this host"), err)
+	defer release()
+	return c, f.undoCopy(ctx, c)
 }
 
 // VerifyOptions says what to verify and how deep.

@@ -167,12 +167,10 @@ func (f *Flow) finishBackup(ctx context.Context, m backup.Manifest) error {
 func (f *Flow) completeBackup(ctx context.Context, m backup.Manifest, digest string) error {
 	f.tell("complete", "waiting for the snapshots")
 	var ids []backup.SnapshotID
-	var tags []backup.Tags
 	for _, s := range m.Snapshots {
 		ids = append(ids, s.ID)
-		tags = append(tags, backup.Tags{backup.TagDigest: digest})
 	}
-	if err := f.Provider.Complete(ctx, ids, tags); err != nil {
+	if err := f.Provider.Complete(ctx, ids, f.describe(m, digest)); err != nil {
 		return fmt.Errorf("complete the snapshots: %w", err)
 	}
 	if err := f.Catalog.PutComplete(ctx, backup.Complete{ID: m.ID, Digest: digest, Completed: time.Now().UTC()}); err != nil {

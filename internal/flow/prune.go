@@ -183,9 +183,10 @@ func (f *Flow) PruneFacts(ctx context.Context) ([]backup.Candidate, error) {
 	now := time.Now()
 	var out []backup.Candidate
 	for _, e := range entries {
-		c := backup.Candidate{ID: e.ID, Incomplete: stateOf(e) == Incomplete, Torn: e.Manifest.Cut.Achieved == backup.Torn,
+		is := stateOf(e)
+		c := backup.Candidate{ID: e.ID, Created: e.Manifest.Created, Incomplete: is != Complete && is != Doubtful, Torn: e.Manifest.Cut.Achieved == backup.Torn,
 			Verdict: verdictOf(e), Held: e.Held(now), InUse: used[e.ID]}
-		if stateOf(e) == Doubtful {
+		if is == Doubtful {
 			c.Unreadable = "its records cannot be read: " + e.Err.Error()
 		}
 		for _, i := range intents {

@@ -19,6 +19,7 @@ import (
 	"cleancut/internal/load"
 	"cleancut/internal/postgres"
 	"cleancut/internal/postgres/pgtest"
+	"cleancut/internal/provider"
 	"cleancut/internal/provider/local"
 	"cleancut/internal/state"
 )
@@ -34,28 +35,24 @@ const (
 // skew between two members of the stripe.
 const skew = 5 * time.Second
 
-// lab is one production on four striped volumes.
+// production is one server on four striped volumes, and the host that restores
+// its backups.
 type production struct {
 	t      *testing.T
-	flow   *flow.Flow
+	flow   *flow.Flow // of production's host
+	other  *flow.Flow // of the restore host
 	server *pgtest.Server
 	load   *load.Load
+	skew   time.Duration
 	kept   load.Promise // of the loads that are over
 }
 
-func newProduction(t *testing.T) *production {
+// newProduction makes it on volumes of p; other is the provider as the restore
+// host has it.
+func newProduction(t *testing.T, p, other provider.Provider) *production {
 	t.Helper()
 	ctx := t.Context()
-	pool := labtest.Pool(t, "xfs", 20<<30)
 	dir := labtest.Folder(t)
-	if err := local.Init(ctx, pool); err != nil {
-		t.Fatal(err)
-	}
-	log := slog.New(slog.DiscardHandler)
-	p, err := local.Open(ctx, pool, log)
-	if err != nil {
-		t.Fatal(err)
-	}
 	o := flow.StorageOptions{Name: "pg", Host: "lab", Volumes: 4, Size: 1 << 30, Level: "raid0", Chunk: 64 << 10, Filesystem: "xfs",
 		Mountpoint: filepath.Join(dir, "pg"), MountOptions: []string{"noatime"}, Fstab: filepath.Join(dir, "fstab"), MdadmConf: filepath.Join(dir, "mdadm.conf")}
 	if _, err := flow.CreateStorage(ctx, p, o); err != nil {
@@ -72,13 +69,29 @@ func newProduction(t *testing.T) *production {
 		settings[k] = v
 	}
 	server := pgtest.New(t, pgtest.Options{Data: filepath.Join(o.Mountpoint, "data"), Settings: settings, Sync: true, Checksums: true})
-	st, err := state.Open(filepath.Join(dir, "state"))
+	store := catalog.New(catalog.NewDir(filepath.Join(dir, "catalog")), "lab")
+	host := func(name string, p provider.Provider) *flow.Flow {
+		st, err := state.Open(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &flow.Flow{Provider: p, Catalog: store, State: st, Cluster: "lab", Host: name, Tool: "test", Watchdog: labtest.Watchdog(t), Log: slog.New(slog.DiscardHandler)}
+	}
+	return &production{t: t, server: server, flow: host("a", p), other: host("b", other)}
+}
+
+// localPool is the local provider over a pool of its own.
+func localPool(t *testing.T) provider.Provider {
+	t.Helper()
+	pool := labtest.Pool(t, "xfs", 20<<30)
+	if err := local.Init(t.Context(), pool); err != nil {
+		t.Fatal(err)
+	}
+	p, err := local.Open(t.Context(), pool, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	store := catalog.NewDir(filepath.Join(dir, "catalog"))
-	return &production{t: t, server: server, flow: &flow.Flow{Provider: p, Catalog: catalog.New(store, "lab"), State: st, Cluster: "lab", Host: "lab",
-		Tool: "test", Watchdog: labtest.Watchdog(t), Log: log}}
+	return p
 }
 
 func (p *production) connect(ctx context.Context) (*pgx.Conn, error) {
@@ -125,7 +138,7 @@ func (p *production) beat() (stop func()) {
 // cut takes one backup and the promise that goes with it.
 func (p *production) cut(mode backup.Mode) (backup.Manifest, load.Promise) {
 	p.t.Helper()
-	m, err := p.flow.Backup(p.t.Context(), flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: mode, Skew: skew,
+	m, err := p.flow.Backup(p.t.Context(), flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: mode, Skew: p.skew,
 		Deadline: 5 * time.Minute, Quick: time.Minute, Rounds: 10})
 	if err != nil {
 		p.t.Fatal(err)
@@ -145,7 +158,7 @@ func (p *production) cut(mode backup.Mode) (backup.Manifest, load.Promise) {
 // is one.
 func (p *production) judge(m backup.Manifest, promise load.Promise) error {
 	p.t.Helper()
-	_, err := p.flow.Verify(p.t.Context(), flow.VerifyOptions{ID: m.ID, Level: backup.LevelFull, AllowTorn: true,
+	_, err := p.other.Verify(p.t.Context(), flow.VerifyOptions{ID: m.ID, Level: backup.LevelFull, AllowTorn: true,
 		Look: func(ctx context.Context, r flow.Restored) error {
 			if len(promise.Words) == 0 {
 				return nil
@@ -175,7 +188,9 @@ func TestMembersCutFiveSecondsApartAreDamagedUnlessTheyAreFrozen(t *testing.T) {
 	if !labtest.Here(t, labtest.MD) {
 		return
 	}
-	p := newProduction(t)
+	pool := localPool(t)
+	p := newProduction(t, pool, pool)
+	p.skew = skew
 	p.create()
 	damaged := 0
 	for n := 1; n <= leastCuts || damaged == 0 && n <= mostCuts; n++ {
@@ -183,7 +198,8 @@ func TestMembersCutFiveSecondsApartAreDamagedUnlessTheyAreFrozen(t *testing.T) {
 		torn, _ := p.cut(backup.ModeNone)
 		frozen, promise := p.cut(backup.ModeFreeze)
 		stop()
-		p.frozenIsSound(frozen, promise)
+		p.spread(frozen)
+		p.isSound(frozen, promise)
 		if p.tornIsDamaged(torn) {
 			damaged++
 		}
@@ -193,28 +209,40 @@ func TestMembersCutFiveSecondsApartAreDamagedUnlessTheyAreFrozen(t *testing.T) {
 	}
 }
 
-func (p *production) frozenIsSound(m backup.Manifest, promise load.Promise) {
+// spread demands that the members were cut as far apart as was asked for.
+func (p *production) spread(m backup.Manifest) {
+	p.t.Helper()
+	if m.Cut.SpreadMS < float64(3*skew.Milliseconds()) {
+		p.t.Errorf("%s: the members were cut within %.0f ms, want at least %v apart", m.ID, m.Cut.SpreadMS, 3*skew)
+	}
+}
+
+func (p *production) isSound(m backup.Manifest, promise load.Promise) {
 	p.t.Helper()
 	if m.Cut.Achieved != backup.Atomic {
 		p.t.Errorf("%s is %s, want atomic", m.ID, m.Cut.Achieved)
 	}
-	if m.Cut.SpreadMS < float64(3*skew.Milliseconds()) {
-		p.t.Errorf("%s: the members were cut within %.0f ms, want at least %v apart", m.ID, m.Cut.SpreadMS, 3*skew)
-	}
 	if err := p.judge(m, promise); err != nil {
-		p.t.Errorf("a frozen cut was judged damaged: %v", err)
+		p.t.Errorf("%s, a cut by %s, was judged damaged: %v", m.ID, m.Cut.How, err)
 	}
 }
 
 func (p *production) tornIsDamaged(m backup.Manifest) bool {
 	p.t.Helper()
-	if m.Cut.Achieved != backup.Torn {
-		p.t.Errorf("%s is %s, want torn", m.ID, m.Cut.Achieved)
-	}
-	if _, _, err := p.flow.Restore(p.t.Context(), flow.RestoreOptions{ID: m.ID, Purpose: backup.ForRestore}); !errors.Is(err, backup.ErrUnsupported) {
-		p.t.Errorf("a torn backup is restored: %v", err)
-	}
+	p.isRefused(m)
 	err := p.judge(m, load.Promise{})
 	p.t.Logf("torn %s: %v", m.ID, err)
 	return err != nil
+}
+
+// isRefused demands that a cut that nothing held is known as torn and not
+// restored.
+func (p *production) isRefused(m backup.Manifest) {
+	p.t.Helper()
+	if m.Cut.Achieved != backup.Torn {
+		p.t.Errorf("%s is %s, want torn", m.ID, m.Cut.Achieved)
+	}
+	if _, _, err := p.other.Restore(p.t.Context(), flow.RestoreOptions{ID: m.ID, Purpose: backup.ForRestore}); !errors.Is(err, backup.ErrUnsupported) {
+		p.t.Errorf("a torn backup is restored: %v", err)
+	}
 }

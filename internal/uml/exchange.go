@@ -20,7 +20,7 @@ var initScript string // embedding needs a variable; nothing writes it
 
 const (
 	exchangePrefix = "cleancut-guest-"
-	consoleLines   = 30 // of the console, in an error
+	consoleLines   = 100 // of the console, in an error
 	guestExchange  = "run/cleancut/exchange"
 	guestOldRoot   = "run/cleancut/oldroot"
 	markerFile     = "run/cleancut/guest"

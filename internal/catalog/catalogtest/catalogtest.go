@@ -9,9 +9,11 @@ package catalogtest
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -41,9 +43,25 @@ func Run(t *testing.T, open func(t *testing.T) catalog.Store) {
 		"puts and deletes beside each other disturb nobody":              neighbours,
 		"a large object comes back byte for byte":                        large,
 		"an empty object is an object":                                   empty,
+		"an object of any size around that of a part comes back":         sizes,
+		"of large puts at the same time exactly one wins":                largeRace,
+		"a large put where something is leaves it":                       largeTaken,
+		"a reader that breaks late leaves nothing":                       lateBreak,
+		"a reader cut short is no end":                                   shortReader,
+		"a context that ends late in a large put leaves nothing":         lateCancel,
+		"a get under way survives the object's deletion or fails":        deletedGet,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, open(t)) })
 	}
+}
+
+// Part is the size of a part that a store should have while it is tested, if
+// it sends large objects in parts: several of them are put and held in memory.
+func Part() int {
+	if testing.Short() {
+		return 100 << 10
+	}
+	return 8 << 20
 }
 
 func lifeOfAnObject(t *testing.T, s catalog.Store) {
@@ -290,7 +308,7 @@ func neighbours(t *testing.T, s catalog.Store) {
 }
 
 func large(t *testing.T, s catalog.Store) {
-	content := make([]byte, 9<<20+17)
+	content := make([]byte, 9*Part()/8+17)
 	for i := range content {
 		content[i] = byte(i * i >> 8)
 	}
@@ -309,6 +327,134 @@ func empty(t *testing.T, s catalog.Store) {
 		t.Errorf("got %q, want nothing", got)
 	}
 	want(t, s, "", "a/k")
+}
+
+// A store that sends objects in parts has its own code at these sizes.
+func sizes(t *testing.T, s catalog.Store) {
+	for _, size := range []int{1, 64<<10 - 1, 64 << 10, 64<<10 + 1, Part() - 1, Part(), Part() + 1, 2 * Part(), 2*Part() + 1, 3*Part() + 3} {
+		key := fmt.Sprintf("sizes/%d", size)
+		sent, got := sha256.New(), sha256.New()
+		if err := s.Put(t.Context(), key, io.TeeReader(noise(size), sent)); err != nil {
+			t.Fatalf("put %d bytes: %v", size, err)
+		}
+		r, err := s.Get(t.Context(), key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n, err := io.Copy(got, r)
+		if err := errors.Join(err, r.Close()); err != nil || n != int64(size) || !bytes.Equal(got.Sum(nil), sent.Sum(nil)) {
+			t.Errorf("%d bytes: got %d other bytes, %v", size, n, err)
+		}
+		objects, err := s.List(t.Context(), key)
+		if err != nil || len(objects) == 0 || objects[0].Size != backup.Bytes(size) {
+			t.Errorf("list %s: got %v, %v", key, objects, err)
+		}
+	}
+}
+
+func largeRace(t *testing.T, s catalog.Store) {
+	const n = 4
+	size := Part() + Part()/8
+	errs := make([]error, n)
+	var wg sync.WaitGroup
+	var read sync.WaitGroup // all are in the middle before any can end
+	read.Add(n)
+	for i := range n {
+		wg.Go(func() {
+			half := io.LimitReader(letter('a'+i), int64(size)/2)
+			meet := reads(func([]byte) (int, error) {
+				read.Done()
+				read.Wait()
+				return 0, io.EOF
+			})
+			errs[i] = s.Put(t.Context(), "race/k", io.MultiReader(half, meet, io.LimitReader(letter('a'+i), int64(size)/2)))
+		})
+	}
+	wg.Wait()
+	winner := -1
+	for i, err := range errs {
+		switch {
+		case err == nil && winner >= 0:
+			t.Errorf("both %d and %d won", winner, i)
+		case err == nil:
+			winner = i
+		case !errors.Is(err, backup.ErrExists):
+			t.Errorf("loser %d: got %v, want %v", i, err, backup.ErrExists)
+		}
+	}
+	if got, want := get(t, s, "race/k"), strings.Repeat(string(rune('a'+winner)), size); got != want {
+		t.Errorf("the object is not the winner's (%d): %.20q of %d bytes", winner, got, len(got))
+	}
+	want(t, s, "", "race/k")
+}
+
+func largeTaken(t *testing.T, s catalog.Store) {
+	put(t, s, "a/k", "first")
+	if err := s.Put(t.Context(), "a/k", io.LimitReader(letter('x'), 5*int64(Part())/2)); !errors.Is(err, backup.ErrExists) {
+		t.Errorf("got %v, want %v", err, backup.ErrExists)
+	}
+	if got := get(t, s, "a/k"); got != "first" {
+		t.Errorf("got %.20q, want %q", got, "first")
+	}
+}
+
+func lateBreak(t *testing.T, s catalog.Store) {
+	broken := errors.New("the pipe broke")
+	for _, size := range []int{Part() - 1, Part(), 5 * Part() / 2} {
+		if err := s.Put(t.Context(), "a/k", io.MultiReader(io.LimitReader(letter('x'), int64(size)), failing{broken})); !errors.Is(err, broken) {
+			t.Errorf("after %d bytes: got %v, want %v", size, err, broken)
+		}
+		absent(t, s, "a/k")
+	}
+	put(t, s, "a/k", "whole")
+}
+
+// io.ReadFull says the same of a good end and of a source that was cut short.
+func shortReader(t *testing.T, s catalog.Store) {
+	for _, size := range []int{0, 10, 9 * Part() / 8} {
+		err := s.Put(t.Context(), "a/k", io.MultiReader(io.LimitReader(letter('x'), int64(size)), failing{io.ErrUnexpectedEOF}))
+		if !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("after %d bytes: got %v, want %v", size, err, io.ErrUnexpectedEOF)
+		}
+		absent(t, s, "a/k")
+	}
+}
+
+func lateCancel(t *testing.T, s catalog.Store) {
+	for _, size := range []int{Part(), 5 * Part() / 2} {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		last := reads(func(p []byte) (int, error) {
+			cancel()
+			return copy(p, "and this"), io.EOF
+		})
+		if err := s.Put(ctx, "a/k", io.MultiReader(io.LimitReader(letter('x'), int64(size)), last)); !errors.Is(err, context.Canceled) {
+			t.Errorf("after %d bytes: got %v, want %v", size, err, context.Canceled)
+		}
+		absent(t, s, "a/k")
+	}
+	put(t, s, "a/k", "whole")
+}
+
+func deletedGet(t *testing.T, s catalog.Store) {
+	size := 5 * Part() / 2
+	if err := s.Put(t.Context(), "a/k", io.LimitReader(letter('x'), int64(size))); err != nil {
+		t.Fatal(err)
+	}
+	r, err := s.Get(t.Context(), "a/k")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer closed(t, r)
+	if _, err := io.ReadFull(r, make([]byte, 10)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Delete(t.Context(), "a/k"); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := io.Copy(io.Discard, r); err == nil && n != int64(size)-10 {
+		t.Errorf("got %d bytes and no error, want %d", n, size-10)
+	}
 }
 
 func put(t *testing.T, s catalog.Store, key, content string) {
@@ -361,6 +507,22 @@ func want(t *testing.T, s catalog.Store, prefix string, keys ...string) {
 	if !slices.Equal(got, keys) {
 		t.Errorf("list %q: got %q, want %q", prefix, got, keys)
 	}
+}
+
+// letter is without end.
+func letter(c int) io.Reader {
+	return reads(func(p []byte) (int, error) {
+		for i := range p {
+			p[i] = byte(c)
+		}
+		return len(p), nil
+	})
+}
+
+// noise is size bytes of which no two parts are alike.
+func noise(size int) io.Reader {
+	r := rand.NewChaCha8([32]byte{1})
+	return io.LimitReader(r, int64(size))
 }
 
 type failing struct{ err error }

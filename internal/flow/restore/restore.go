@@ -17,6 +17,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"cleancut/internal/backup"
 	"cleancut/internal/postgres"
@@ -96,6 +97,7 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 	}
 	c.SocketDir, c.Port, c.Superuser = instance.SocketDir, instance.Port, instance.Superuser
 	c.EndOfRecovery, c.FirstQuery = instance.EndOfRecovery, instance.FirstQuery.Seconds()
+	c.Answered = time.Since(c.Created).Seconds()
 	return instance, nil
 }
 
