@@ -163,7 +163,7 @@ func (a *app) played(s *ec2sim.Server, url string, o ec2sim.Options) played {
 	for _, id := range s.Instances() {
 		p.Instances = append(p.Instances, playedInstance{id, map[string]string{
 			"AWS_ENDPOINT_URL_EC2":              url,
-			"AWS_EC2_METADATA_SERVICE_ENDPOINT": url + "/imds/" + id,
+			"AWS_EC2_METADATA_SERVICE_ENDPOINT": ec2sim.MetadataEndpoint(url, id),
 			"AWS_REGION":                        cmp.Or(o.Region, "eu-central-1"),
 			"AWS_ACCESS_KEY_ID":                 ec2sim.AccessKey,
 			"AWS_SECRET_ACCESS_KEY":             ec2sim.SecretKey,

@@ -62,7 +62,7 @@ func TestHelpTexts(t *testing.T) {
 
 func TestEveryCommandIsKnownToTheHelp(t *testing.T) {
 	out := bare(t).must(t, "--help").out
-	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "delete", "hold", "prune", "sweep", "thaw", "demo", "ec2sim"} {
+	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "delete", "hold", "prune", "sweep", "catalog", "thaw", "demo", "ec2sim"} {
 		if !regexp.MustCompile(`(?m)^  ` + c + ` `).MatchString(out) {
 			t.Errorf("%s is not in the help", c)
 		}
@@ -78,6 +78,10 @@ func TestWrongRequestsExitWith2AndSayWhatIsWrong(t *testing.T) {
 		{"frobnicate", "unknown command|frobnicate|what to do"},
 		{"storage", "storage|what to do"},
 		{"storage frobnicate", "frobnicate|what to do"},
+		{"catalog", "catalog|what to do|catalog rebuild"},
+		{"catalog frobnicate", "frobnicate|what to do"},
+		{"list --catalog s3://bucket/x?regoin=y", "regoin|?region=REGION"},
+		{"list --catalog s3://key:hidden@bucket", "holds no password"},
 		{"backup --frobnicate", "unknown flag|--frobnicate|cleancut backup --help"},
 		{"list surplus", "takes no arguments|usage: cleancut list"},
 		{"show", "wants the id of a backup|usage: cleancut show ID"},

@@ -36,7 +36,7 @@ type S3 struct {
 	at    bucket
 	page  int32         // most objects in one answer; 0: the server's choice
 	pause time.Duration // longest pause between two attempts; 0: the SDK's
-	part  int           // size of the first parts of a large object; 0: partSize
+	sizes sizes
 
 	mu     sync.Mutex // guards client
 	client *s3.Client
@@ -116,7 +116,7 @@ func (s *S3) Put(ctx context.Context, key string, r io.Reader) error {
 	}
 	client, err := s.open(ctx)
 	if err == nil {
-		err = newUpload(client, s.at.name, s.at.prefix+key, s.part).put(ctx, r)
+		err = newUpload(client, s.at.name, s.at.prefix+key, s.sizes).put(ctx, r)
 	}
 	if err != nil {
 		return fmt.Errorf("put %s: %w", key, s.explain(ctx, err))

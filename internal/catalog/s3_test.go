@@ -123,7 +123,7 @@ func store(t *testing.T, endpoint, prefix string) *catalog.S3 {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return catalog.Hasten(s, 3, catalogtest.Part())
+	return catalog.Hasten(s, 3, catalogtest.Part(), 0)
 }
 
 func TestS3IsAStore(t *testing.T) {

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"math/rand/v2"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -260,7 +262,7 @@ func TestErrorsOfS3SayWhatToDo(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			s := catalog.Hasten(opened, 0, 0)
+			s := catalog.Hasten(opened, 0, 0, 0)
 			for _, operation := range []string{"PutObject", "ListObjectsV2", "GetObject", "DeleteObject"} {
 				if c.fault.Code != "" {
 					c.fault.Operation, c.fault.Times = operation, 1
@@ -408,21 +410,19 @@ func TestAnUploadGrowsItsPartsAndEndsAtTheirLimit(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := catalog.Hasten(opened, 0, 64)
-	var content strings.Builder
-	for content.Len() < 64*1000+128*3+5 {
-		content.WriteString(time.Duration(content.Len()).String())
-	}
-	put(t, s, "k", content.String())
-	if got := get(t, s, "k"); got != content.String() {
-		t.Errorf("got %d other bytes, want %d", len(got), content.Len())
-	}
-	if testing.Short() {
-		return // ten thousand requests
-	}
-	err = s.Put(t.Context(), "clusters/l", strings.NewReader(strings.Repeat("x", 64*1000+128*9000+1)))
-	if !errors.Is(err, backup.ErrUnsupported) || !strings.Contains(backup.HintOf(err), "--to FILE") {
-		t.Errorf("got %v (hint %q), want %v", err, backup.HintOf(err), backup.ErrUnsupported)
+	s := catalog.Hasten(opened, 0, 1000, 100)
+	// Ten parts of 1000 bytes, ninety of 2000.
+	for size, fits := range map[int]bool{10_000: true, 10_001: true, 12_000: true, 17_005: true, 190_000: true, 190_001: false} {
+		sent := make([]byte, size)
+		_, _ = rand.NewChaCha8([32]byte{}).Read(sent)
+		key := fmt.Sprint("clusters/", size)
+		err := s.Put(t.Context(), key, bytes.NewReader(sent))
+		if fits && (err != nil || get(t, s, key) != string(sent)) {
+			t.Errorf("%d bytes: got %v or other bytes", size, err)
+		}
+		if !fits && (!errors.Is(err, backup.ErrUnsupported) || !strings.Contains(backup.HintOf(err), "--to FILE")) {
+			t.Errorf("%d bytes: got %v (hint %q), want %v", size, err, backup.HintOf(err), backup.ErrUnsupported)
+		}
 	}
 	if n := uploads(t, s); n != 0 {
 		t.Errorf("%d uploads are left", n)

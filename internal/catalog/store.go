@@ -116,7 +116,7 @@ func Open(location string) (Store, error) {
 		if err != nil {
 			return nil, err
 		}
-		return &S3{at: at}, nil
+		return &S3{at: at, sizes: s3Sizes()}, nil
 	case u.Scheme == "file" && plain && filepath.IsAbs(u.Path):
 		return NewDir(u.Path), nil
 	}

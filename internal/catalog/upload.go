@@ -26,10 +26,11 @@ import (
 // of the first smallParts share the memory of one upload, and one is filled
 // while the other is sent; each of the rest takes all of it. That is 8 GiB in
 // small parts, and 148 GiB at most.
+type sizes struct{ part, smallParts, maxParts int }
+
+func s3Sizes() sizes { return sizes{part: 8 << 20, smallParts: 1000, maxParts: 10_000} }
+
 const (
-	partSize   = 8 << 20
-	smallParts = 1000
-	maxParts   = 10_000
 	// The memory for parts is most of this program's heap, and the collector
 	// would let the heap grow to twice its size before it begins. It takes
 	// a millisecond.
@@ -48,7 +49,7 @@ type upload struct {
 	bucket  string
 	key     string
 	token   string
-	small   int    // size of a small part
+	sizes   sizes
 	id      string // of the multipart upload
 	done    []types.CompletedPart
 	sum     uint32 // CRC32 of all parts so far
@@ -56,25 +57,22 @@ type upload struct {
 	pending chan error // the part that is being sent; nil if none is
 }
 
-func newUpload(client *s3.Client, bucket, key string, part int) *upload {
-	if part == 0 {
-		part = partSize
-	}
-	return &upload{client: client, bucket: bucket, key: key, token: rand.Text(), small: part}
+func newUpload(client *s3.Client, bucket, key string, sizes sizes) *upload {
+	return &upload{client: client, bucket: bucket, key: key, token: rand.Text(), sizes: sizes}
 }
 
 // put reads as much as fits into one request. Only what is larger takes the
 // memory for parts.
 func (u *upload) put(ctx context.Context, r io.Reader) error {
 	from := reader{ctx, r}
-	buf := make([]byte, min(64<<10, u.small))
+	buf := make([]byte, min(64<<10, u.sizes.part))
 	n, last, err := fill(from, buf)
 	if err == nil && !last {
-		more := make([]byte, 2*u.small)
+		more := make([]byte, 2*u.sizes.part)
 		copy(more, buf)
 		buf = more
 		var m int
-		m, last, err = fill(from, buf[n:u.small])
+		m, last, err = fill(from, buf[n:u.sizes.part])
 		n += m
 	}
 	if err == nil {
@@ -182,7 +180,7 @@ func (u *upload) settle(ctx context.Context, cause error) (settled bool, err err
 	return !refused || ctx.Err() != nil, cause
 }
 
-// inParts puts what begins with first[:u.small] and goes on with r. first is
+// inParts puts what begins with first[:u.sizes.part] and goes on with r. first is
 // the memory for all parts.
 func (u *upload) inParts(ctx context.Context, r io.Reader, first []byte) error {
 	if who, err := u.owner(ctx); err != nil || who != nobody { // before sending gigabytes in vain
@@ -225,9 +223,9 @@ func (u *upload) send(ctx context.Context, r io.Reader, memory []byte) (err erro
 		}
 		stop(err)
 	}()
-	body, last := memory[:u.small], false
+	body, last := memory[:u.sizes.part], false
 	for number := 1; ; number++ {
-		if number > maxParts {
+		if number > u.sizes.maxParts {
 			return backup.Hint(fmt.Errorf("an object of more than %v: %w", backup.Bytes(u.size), backup.ErrUnsupported), "write a dump as large as this to a file: `cleancut dump --to FILE`")
 		}
 		if err := u.wait(); err != nil {
@@ -240,8 +238,8 @@ func (u *upload) send(ctx context.Context, r io.Reader, memory []byte) (err erro
 		if last {
 			return nil
 		}
-		next := memory[number%2*u.small:][:u.small]
-		if number >= smallParts {
+		next := memory[number%2*u.sizes.part:][:u.sizes.part]
+		if number >= u.sizes.smallParts {
 			next = memory
 			if err := u.wait(); err != nil {
 				return err

@@ -262,9 +262,16 @@ func (f *Flow) Rebuild(ctx context.Context, plan RebuildPlan) error {
 		return backup.Hint(fmt.Errorf("a backup of cluster %s is running: %w", f.Cluster, err), "wait for it")
 	}
 	defer release()
+	intents, err := f.Catalog.Intents(ctx)
+	if err != nil && !errors.Is(err, backup.ErrNotFound) {
+		return err
+	}
 	for _, a := range plan.Actions {
 		if a.Kind != RebuildPut {
 			continue
+		}
+		if slices.ContainsFunc(intents, func(i backup.Intent) bool { return i.ID == a.Backup }) {
+			return fmt.Errorf("backup %s: somebody has begun to delete it since the plan was made: %w", a.Backup, backup.ErrInUse)
 		}
 		f.tell("rebuild", string(a.Backup))
 		digest, err := f.Catalog.Reinstate(ctx, a.Manifest)

@@ -1,7 +1,6 @@
 package ec2_test
 
 import (
-	"context"
 	"log/slog"
 	"net/http/httptest"
 	"os"
@@ -110,5 +109,3 @@ func TestEC2KeepsTheContract(t *testing.T) {
 		})
 	}
 }
-
-var _ = context.Background

@@ -123,6 +123,9 @@ func (c *cut) snapshot(ctx context.Context, m member) (t provider.TakenMember, e
 	out, err := c.api.CreateSnapshot(ctx, m.input())
 	responded := time.Now()
 	if err != nil {
+		if unknownEffect(err) {
+			c.p.made.add(lostKey(m.tags[backup.TagCut], string(m.volume.ID)), m.tags)
+		}
 		return t, inside(ctx, "CreateSnapshot", err)
 	}
 	t = provider.TakenMember{Snapshot: backup.SnapshotID(aws.ToString(out.SnapshotId)), Volume: m.volume, Requested: requested, Responded: responded}
@@ -135,6 +138,20 @@ func (c *cut) snapshot(ctx context.Context, m member) (t provider.TakenMember, e
 
 func begun(s types.SnapshotState) bool {
 	return s == types.SnapshotStatePending || s == types.SnapshotStateCompleted
+}
+
+// unknownEffect reports whether a call that failed may have had, or may yet
+// have, its effect. List then waits for that a while.
+func unknownEffect(err error) bool {
+	var answered smithy.APIError
+	if !errors.As(err, &answered) {
+		return true
+	}
+	switch answered.ErrorCode() {
+	case "InternalError", "InternalFailure", "Unavailable", "ServiceUnavailable":
+		return true
+	}
+	return false
 }
 
 // inside turns an error of a call of the cut into ours. Without an answer of
@@ -167,6 +184,11 @@ func (c *cut) takeGroup(ctx context.Context) (taken provider.Taken, err error) {
 	out, err := c.api.CreateSnapshots(limited, c.groupInput())
 	responded := time.Now()
 	if err != nil {
+		for _, m := range c.members {
+			if unknownEffect(err) {
+				c.p.made.add(lostKey(m.tags[backup.TagCut], string(m.volume.ID)), c.common)
+			}
+		}
 		return taken, inside(limited, "CreateSnapshots", err)
 	}
 	for _, s := range out.Snapshots {

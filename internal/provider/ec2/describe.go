@@ -323,19 +323,27 @@ func (p *Provider) list(ctx context.Context, match backup.Tags) (provider.Invent
 		if snapshots, err = p.snapshots(ctx, ownAccount(), filters...); err != nil {
 			return false, err
 		}
-		seen := map[string]bool{}
-		for _, v := range volumes {
-			seen[aws.ToString(v.VolumeId)] = true
-		}
-		for _, s := range snapshots {
-			seen[aws.ToString(s.SnapshotId)] = true
-		}
-		return !slices.ContainsFunc(p.made.expected(match, p.o.pace.settle), func(id string) bool { return !seen[id] }), nil
+		return p.allSeen(match, volumes, snapshots), nil
 	})
 	if err != nil && !errors.Is(err, errPending) {
 		return provider.Inventory{}, err
 	}
 	return p.inventory(ctx, match, volumes, snapshots)
+}
+
+// allSeen reports whether everything is there that this process made lately.
+func (p *Provider) allSeen(match backup.Tags, volumes []types.Volume, snapshots []types.Snapshot) bool {
+	seen := map[string]bool{}
+	for _, v := range volumes {
+		seen[aws.ToString(v.VolumeId)] = true
+	}
+	for _, s := range snapshots {
+		seen[aws.ToString(s.SnapshotId)] = true
+		lost := lostKey(tagsOf(s.Tags)[backup.TagCut], aws.ToString(s.VolumeId))
+		p.made.forget(lost)
+		seen[lost] = true
+	}
+	return !slices.ContainsFunc(p.made.expected(match, p.o.pace.settle), func(id string) bool { return !seen[id] })
 }
 
 func (p *Provider) inventory(ctx context.Context, match backup.Tags, volumes []types.Volume, snapshots []types.Snapshot) (inv provider.Inventory, err error) {

@@ -49,7 +49,7 @@ func border(ctx context.Context, action string, err error) error {
 	}
 	var e smithy.APIError
 	if !errors.As(err, &e) {
-		return backup.Hint(fmt.Errorf("%s: %w", action, err), "is EC2's endpoint reachable from here? see `cleancut doctor`")
+		return backup.Hint(fmt.Errorf("%s: %w", action, err), "are there credentials, and is EC2's endpoint reachable from here? `cleancut doctor` asks")
 	}
 	message := e.ErrorMessage()
 	// The rest can only be read with sts:DecodeAuthorizationMessage.

@@ -25,6 +25,12 @@ func Attempt(o Options, limit time.Duration) Options {
 	return o
 }
 
+// Lasting returns o with that much life of credentials demanded for a cut.
+func Lasting(o Options, left time.Duration) Options {
+	o.pace.credentials = left
+	return o
+}
+
 // Pure functions.
 var (
 	ClientToken = clientToken

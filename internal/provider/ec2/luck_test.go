@@ -150,6 +150,7 @@ func TestBadLuck(t *testing.T) {
 		{"one of four snapshots is refused: the cut fails, the others are found and removed", oneRefused, ec2sim.Options{}},
 		{"one of four snapshots ends in error: it is named, and the backup is void", oneBreaks, ec2sim.Options{}},
 		{"the answer of CreateSnapshot is lost: it is not asked again, and what it made is found", lostSnapshot, ec2sim.Options{}},
+		{"a cut is cancelled while a call is on its way: its snapshot is found though it comes later", cancelledOnTheWay, ec2sim.Options{}},
 		{"CreateSnapshot fails after its effect: the snapshot is found", failsAfter, ec2sim.Options{}},
 		{"the answer of CreateVolume is lost: there is one volume", lostVolume, ec2sim.Options{}},
 		{"the answers of AttachVolume, DetachVolume, CreateTags and the deletions are lost: done once", lostOthers, ec2sim.Options{}},
@@ -249,6 +250,19 @@ func lostSnapshot(f *field) {
 		f.Errorf("%d calls", n)
 	}
 	f.sweep(4)
+}
+
+func cancelledOnTheWay(f *field) {
+	ids := f.volumes(2)
+	f.Inject(ec2sim.Fault{Action: "CreateSnapshot", Kind: ec2sim.Skew, Delay: 300 * time.Millisecond})
+	c, err := f.p.Prepare(f.Context(), f.set(ids...))
+	f.must(err)
+	ctx, cancel := context.WithTimeout(f.Context(), 100*time.Millisecond)
+	defer cancel()
+	_, err = c.Take(ctx)
+	f.want(err, context.DeadlineExceeded)
+	f.must(c.Close())
+	f.sweep(2)
 }
 
 func failsAfter(f *field) {
@@ -520,5 +534,3 @@ func TestEC2KeepsTheContractThoughItsDescriptionsAreOld(t *testing.T) {
 		return providertest.Harness{Provider: c.open(t, c.options(instanceA)), Size: gib, Foreign: providertest.Loop(t, 1<<20), Hold: claim}
 	})
 }
-
-var _ = context.Background

@@ -24,6 +24,7 @@ import (
 // that what the SDK and net/http would repeat is seen on the wire.
 type rawEC2 struct {
 	misbehave func(w http.ResponseWriter, r *http.Request)
+	others    int // volumes of the instance beside the first, if more than the usual ones
 
 	mu    sync.Mutex
 	calls map[string]int
@@ -31,7 +32,7 @@ type rawEC2 struct {
 
 const rawVolumes = 4
 
-func rawID(i int) string { return fmt.Sprintf("vol-0000000000000000%d", i) }
+func rawID(i int) string { return fmt.Sprintf("vol-%017d", i) }
 
 func rawTags() backup.Tags {
 	return backup.Tags{backup.TagBackup: "20261123T000000Z-abcdef", backup.TagCluster: "raw"}
@@ -66,7 +67,7 @@ func (s *rawEC2) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		inner = "<volumeSet>" + inner + "</volumeSet>"
 	case "DescribeInstances":
-		for i := range rawVolumes {
+		for i := range max(rawVolumes, 1+s.others) {
 			inner += fmt.Sprintf(`<item><deviceName>/dev/sd%c</deviceName><ebs><volumeId>%s</volumeId><status>attached</status></ebs></item>`, 'f'+i, rawID(i))
 		}
 		inner = `<reservationSet><item><instancesSet><item><instanceId>` + instanceA + `</instanceId><rootDeviceName>/dev/xvda</rootDeviceName><blockDeviceMapping>` + inner + `</blockDeviceMapping></item></instancesSet></item></reservationSet>`

@@ -56,23 +56,25 @@ const (
 )
 
 // Permissions asks EC2 for each of Actions whether this host may call it, by
-// DryRun: nothing is done. An action that needs a volume or snapshot is asked
-// with one of ours, where there is one, as policies may look at its tags. What
-// is neither allowed nor denied by the answer says so in its note.
+// DryRun: nothing is done. An action that needs a volume or snapshot of ours is
+// asked with one, as policies look at its tags; where there is none yet, it
+// could not be asked. Denied is only what EC2 denies.
 func (p *Provider) Permissions(ctx context.Context) []provider.Permission {
-	ask := p.questions(ctx)
+	s := p.specimen(ctx)
+	ask := p.questions(ctx, s)
 	var out []provider.Permission
 	for _, a := range Actions() {
 		permission := provider.Permission{Action: "ec2:" + a.Name, Grant: provider.Unasked, For: a.For, Roles: a.Roles}
 		var err error
-		if question := ask[a.Name]; question == nil {
-			err = errors.New("nobody knows how to ask")
-		} else if err = ctx.Err(); err == nil {
-			err = dryRun(ctx, a.Name, question())
+		if err = ctx.Err(); err == nil {
+			err = dryRun(ctx, a.Name, ask[a.Name]())
 		}
+		lacks := s.lacks(a.Name)
 		switch {
 		case err == nil:
 			permission.Grant = provider.Allowed
+		case lacks != "":
+			permission.Note = lacks
 		case errors.Is(err, errNotAllowed):
 			permission.Grant, permission.Note = provider.Denied, err.Error()
 		default:
@@ -104,8 +106,8 @@ func (p *Provider) specimen(ctx context.Context) specimen {
 		s.attached = aws.ToString(all[0].VolumeId)
 	}
 	if inv, err := p.list(ctx, nil); err == nil {
-		if len(inv.Volumes) > 0 {
-			s.volume = string(inv.Volumes[0].ID)
+		if i := slices.IndexFunc(inv.Volumes, func(v provider.Volume) bool { return v.Tags[tagToken] != "" }); i >= 0 {
+			s.volume = string(inv.Volumes[i].ID)
 		}
 		if i := slices.IndexFunc(inv.Snapshots, func(s provider.Snapshot) bool { return s.Tags[backup.TagBackup] != "" }); i >= 0 {
 			s.snapshot = string(inv.Snapshots[i].ID)
@@ -114,8 +116,31 @@ func (p *Provider) specimen(ctx context.Context) specimen {
 	return s
 }
 
-func (p *Provider) questions(ctx context.Context) map[string]func() error {
-	s, yes := p.specimen(ctx), aws.Bool(true)
+// lacks says what is missing to ask for an action, or "".
+func (s specimen) lacks(action string) string {
+	switch action {
+	case "AttachVolume", "DetachVolume", "DeleteVolume":
+		if s.volume == dummyVolume {
+			return "there is no volume of cleancut yet to ask with"
+		}
+	case "CreateTags", "DeleteSnapshot":
+		if s.snapshot == dummySnapshot {
+			return "there is no snapshot of cleancut yet to ask with"
+		}
+	case "CreateSnapshot", "CreateSnapshots":
+		if s.attached == dummyVolume {
+			return "which instance this is, or its volumes, are not known"
+		}
+	case "CreateVolume":
+		if s.zone == "" {
+			return "the availability zone of this instance is not known"
+		}
+	}
+	return ""
+}
+
+func (p *Provider) questions(ctx context.Context, s specimen) map[string]func() error {
+	yes := aws.Bool(true)
 	tags := backup.Tags{backup.TagBackup: "dry-run", backup.TagCluster: "dry-run"}
 	snapshotTags := tagSpecification(types.ResourceTypeSnapshot, tags)
 	return map[string]func() error{
@@ -137,7 +162,7 @@ func (p *Provider) questions(ctx context.Context) map[string]func() error {
 		},
 		"CreateVolume": func() error {
 			_, err := p.api.CreateVolume(ctx, &ec2.CreateVolumeInput{DryRun: yes, AvailabilityZone: &s.zone, Size: aws.Int32(1), VolumeType: types.VolumeType(p.o.VolumeType),
-				TagSpecifications: tagSpecification(types.ResourceTypeVolume, tags)})
+				TagSpecifications: tagSpecification(types.ResourceTypeVolume, tags.With(tagToken, "dry-run"))})
 			return err
 		},
 		"DeleteSnapshot": func() error {

@@ -62,8 +62,9 @@ func (p *Provider) until(ctx context.Context, limit, longest time.Duration, look
 	}
 }
 
-// memory knows for a while what this process has made: EC2's descriptions are
-// eventually consistent and may not show it yet.
+// memory knows for a while what this process has made, or may have made by a
+// call whose answer was lost: EC2's descriptions are eventually consistent, and
+// a call may still be on its way when its caller gives up.
 type memory struct {
 	mu   sync.Mutex
 	byID map[string]fresh
@@ -89,6 +90,9 @@ func (m *memory) forget(id string) {
 	delete(m.byID, id)
 }
 
+// lostKey stands for the snapshot of a volume in a cut, whose id nobody knows.
+func lostKey(cut, volume string) string { return cut + " " + volume }
+
 // young reports whether id was made within the last d.
 func (m *memory) young(id string, d time.Duration) bool {
 	m.mu.Lock()
@@ -97,7 +101,8 @@ func (m *memory) young(id string, d time.Duration) bool {
 	return ok && time.Since(f.since) < d
 }
 
-// expected returns the young ids whose tags match, and forgets the old ones.
+// expected returns the young ids, and keys of what was lost, whose tags match.
+// It forgets the old ones.
 func (m *memory) expected(match backup.Tags, d time.Duration) (ids []string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -40,14 +40,14 @@ func Actions() []string {
 }
 
 // ServeHTTP serves the EC2 query protocol at POST / and IMDSv2 of each
-// instance below /imds/INSTANCE/.
+// instance at MetadataEndpoint.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !s.enter() {
 		writeError(w, refuse("Unavailable", "The server is being closed"))
 		return
 	}
 	defer s.work.Done()
-	if strings.HasPrefix(r.URL.Path, "/imds/") {
+	if strings.HasPrefix(r.URL.Path, "/imds/") || strings.HasPrefix(r.URL.Path, "/latest/") {
 		s.serveIMDS(w, r)
 		return
 	}

@@ -5,8 +5,11 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -212,4 +215,134 @@ func TestAGroupIsOneInstantAndParallelSnapshotsAreNot(t *testing.T) {
 		t.Error("no skewed set shows it: this test could not have found a group that is not atomic")
 	}
 	t.Logf("NOTE %d groups, each one instant; %d of 3 skewed sets were not; %d writes", cuts, skewed, w.end(t))
+}
+
+// attachedPair starts a server with two tagged volumes on instance A, each
+// holding its own id.
+func attachedPair(t *testing.T) (*sim, []string) {
+	t.Helper()
+	s := start(t, ec2sim.Options{Pool: labtest.Pool(t, "xfs", 2<<30), Completion: time.Millisecond})
+	volumes := []string{s.create(), s.create()}
+	slices.Sort(volumes) // the order of a group
+	for i, v := range volumes {
+		must[*ec2.CreateTagsOutput](t)(s.CreateTags(t.Context(), &ec2.CreateTagsInput{Resources: []string{v}, Tags: []types.Tag{{Key: aws.String("of"), Value: &v}}}))
+		write(t, s.attach(v, instanceA, "/dev/sd"+string(rune('f'+i))), v)
+	}
+	return s, volumes
+}
+
+// members asks for a group and returns the snapshots by their volumes.
+func (s *sim) members(in types.InstanceSpecification, change ...func(*ec2.CreateSnapshotsInput)) map[string]types.SnapshotInfo {
+	s.t.Helper()
+	in.InstanceId = aws.String(instanceA)
+	request := &ec2.CreateSnapshotsInput{InstanceSpecification: &in}
+	for _, c := range change {
+		c(request)
+	}
+	out := must[*ec2.CreateSnapshotsOutput](s.t)(s.CreateSnapshots(s.t.Context(), request))
+	got := map[string]types.SnapshotInfo{}
+	for _, m := range out.Snapshots {
+		got[*m.VolumeId] = m
+	}
+	if len(got) != len(out.Snapshots) {
+		s.t.Errorf("a volume twice in %v", out.Snapshots)
+	}
+	return got
+}
+
+func TestAGroupHoldsWhatIsAttachedAndNotExcluded(t *testing.T) {
+	if !labtest.Here(t, labtest.MD) {
+		return
+	}
+	s, volumes := attachedPair(t)
+	root, other := s.root(instanceA), s.create()
+	noBoot := types.InstanceSpecification{ExcludeBootVolume: aws.Bool(true)}
+	names := func(got map[string]types.SnapshotInfo) string { return fmt.Sprint(slices.Sorted(maps.Keys(got))) }
+	sorted := func(ids ...string) string { slices.Sort(ids); return fmt.Sprint(ids) }
+
+	if got := names(s.members(types.InstanceSpecification{})); got != sorted(volumes[0], volumes[1], root) {
+		t.Errorf("with nothing excluded: %s", got)
+	}
+	if got := names(s.members(types.InstanceSpecification{ExcludeBootVolume: aws.Bool(true), ExcludeDataVolumeIds: volumes[:1]})); got != sorted(volumes[1]) {
+		t.Errorf("without the boot volume and one other: %s", got)
+	}
+	for _, id := range []string{root, other} {
+		_, err := s.CreateSnapshots(t.Context(), &ec2.CreateSnapshotsInput{InstanceSpecification: &types.InstanceSpecification{InstanceId: aws.String(instanceA), ExcludeDataVolumeIds: []string{id}}})
+		refused(t, err, "InvalidParameterValue")
+	}
+	got := s.members(noBoot, func(in *ec2.CreateSnapshotsInput) {
+		in.Description, in.CopyTagsFromSource = aws.String("told"), types.CopyTagsFromSourceVolume
+		in.TagSpecifications = []types.TagSpecification{{ResourceType: types.ResourceTypeSnapshot, Tags: []types.Tag{{Key: aws.String("cut"), Value: aws.String("7")}}}}
+	})
+	for v, m := range got {
+		tags := map[string]string{}
+		for _, tag := range m.Tags {
+			tags[*tag.Key] = *tag.Value
+		}
+		if *m.Description != "told" || len(tags) != 2 || tags["of"] != v || tags["cut"] != "7" {
+			t.Errorf("%s: %s, %v", v, *m.Description, tags)
+		}
+	}
+	s.detach(volumes[0])
+	if got := names(s.members(noBoot)); got != sorted(volumes[1]) {
+		t.Errorf("with one detached: %s", got)
+	}
+}
+
+func TestFaultsOfAGroup(t *testing.T) {
+	if !labtest.Here(t, labtest.MD) {
+		return
+	}
+	s, volumes := attachedPair(t)
+	noBoot := types.InstanceSpecification{ExcludeBootVolume: aws.Bool(true)}
+	strike := func(kind ec2sim.Kind) map[string]types.SnapshotInfo {
+		t.Helper()
+		s.Inject(ec2sim.Fault{Action: "CreateSnapshots", Kind: kind, Nth: 1})
+		got := s.members(noBoot)
+		if unused := s.ClearFaults(); len(unused) > 0 {
+			t.Errorf("not hit: %v", unused)
+		}
+		return got
+	}
+	if got := strike(ec2sim.MissingMember); len(got) != 1 {
+		t.Errorf("one missing: %v", got)
+	}
+	swapped := strike(ec2sim.SwapAnswer)
+	truth := must[*ec2.DescribeSnapshotsOutput](t)(s.DescribeSnapshots(t.Context(), &ec2.DescribeSnapshotsInput{SnapshotIds: []string{*swapped[volumes[0]].SnapshotId}}))
+	if *truth.Snapshots[0].VolumeId != volumes[1] {
+		t.Errorf("the answer was not swapped: %v", truth.Snapshots[0])
+	}
+	bytes := strike(ec2sim.SwapBytes)
+	ids := []string{*bytes[volumes[0]].SnapshotId, *bytes[volumes[1]].SnapshotId}
+	s.completed(ids...)
+	for i, id := range ids {
+		described := must[*ec2.DescribeSnapshotsOutput](t)(s.DescribeSnapshots(t.Context(), &ec2.DescribeSnapshotsInput{SnapshotIds: []string{id}}))
+		if *described.Snapshots[0].VolumeId != volumes[i] {
+			t.Errorf("described as of %s", *described.Snapshots[0].VolumeId)
+		}
+		if got := s.content(id, "/dev/sd"+string(rune('p'+i))); got != volumes[1-i] {
+			t.Errorf("%s of %s holds %s", id, volumes[i], got)
+		}
+	}
+	for _, m := range strike(ec2sim.EndInError) {
+		until(t, "error", func() bool { return s.snapshotState(*m.SnapshotId) == types.SnapshotStateError })
+	}
+	extra := strike(ec2sim.ExtraMember)
+	if len(extra) != 3 {
+		t.Errorf("one too many: %v", extra)
+	}
+	for v := range extra {
+		if !slices.Contains(volumes, v) && *s.volume(v).Attachments[0].InstanceId != instanceA {
+			t.Errorf("%s is not attached", v)
+		}
+	}
+}
+
+// content makes a volume of a snapshot and reads the volume id that is written
+// at its start.
+func (s *sim) content(snapshot, name string) string {
+	s.t.Helper()
+	out := must[*ec2.CreateVolumeOutput](s.t)(s.CreateVolume(s.t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: aws.String(zone), SnapshotId: &snapshot, VolumeType: types.VolumeTypeGp3}))
+	until(s.t, "available", func() bool { return s.volume(*out.VolumeId).State == types.VolumeStateAvailable })
+	return read(s.t, s.attach(*out.VolumeId, instanceB, name), len(noVolume))
 }

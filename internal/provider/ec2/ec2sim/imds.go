@@ -17,10 +17,23 @@ type imdsToken struct {
 	expires  time.Time
 }
 
-// serveIMDS serves version 2 of the instance metadata service below
-// /imds/INSTANCE (AWSEC2/latest/UserGuide/instancedata-data-retrieval.html).
+// MetadataEndpoint is what AWS_EC2_METADATA_SERVICE_ENDPOINT is to an instance
+// where the server has the address base ("http://127.0.0.1:4510"). The instance
+// stands there twice: the SDK for Go (imds v1.20.7, serializeRequest) replaces
+// the endpoint's path but sends its user, botocore keeps the path.
+func MetadataEndpoint(base, instance string) string {
+	scheme, host, _ := strings.Cut(base, "://")
+	return scheme + "://" + instance + "@" + host + "/imds/" + instance
+}
+
+// serveIMDS serves version 2 of the instance metadata service
+// (AWSEC2/latest/UserGuide/instancedata-data-retrieval.html).
 func (s *Server) serveIMDS(w http.ResponseWriter, r *http.Request) {
-	id, path, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/imds/"), "/")
+	id, _, _ := r.BasicAuth()
+	path, bare := strings.CutPrefix(r.URL.Path, "/latest/")
+	if !bare {
+		id, path, _ = strings.Cut(strings.TrimPrefix(r.URL.Path, "/imds/"), "/latest/")
+	}
 	s.mu.Lock()
 	i := s.instances[id]
 	s.mu.Unlock()
@@ -28,7 +41,6 @@ func (s *Server) serveIMDS(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "no instance "+strconv.Quote(id), http.StatusNotFound)
 		return
 	}
-	path = strings.TrimPrefix(path, "latest/")
 	if path == "api/token" {
 		s.giveToken(w, r, id)
 		return

@@ -14,7 +14,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -33,8 +32,11 @@ const (
 )
 
 // tagServer marks in the pool what a server made; its value is Options.Devices,
-// which only one server has at a time.
-const tagServer = "cleancut:ec2sim"
+// which only one server has at a time. tagID is what it is to EC2.
+const (
+	tagServer = "cleancut:ec2sim"
+	tagID     = "cleancut:ec2sim-id"
+)
 
 const gib = backup.Bytes(1 << 30)
 
@@ -254,7 +256,7 @@ func (s *Server) sweep(ctx context.Context) error {
 			err = s.pool.DeleteVolume(ctx, v.ID, mine)
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("volume %s: %w", ec2ID(string(v.ID)), err))
+			errs = append(errs, fmt.Errorf("volume %s: %w", v.Tags[tagID], err))
 		}
 	}
 	var ids []backup.SnapshotID
@@ -262,12 +264,6 @@ func (s *Server) sweep(ctx context.Context) error {
 		ids = append(ids, snap.ID)
 	}
 	return errors.Join(append(errs, s.pool.DeleteSnapshots(ctx, ids, mine))...)
-}
-
-// ec2ID turns an id of the pool into one of EC2, whose first digit is always 0.
-func ec2ID(id string) string {
-	i := strings.IndexByte(id, '-') + 1
-	return id[:i] + "0" + id[i+1:]
 }
 
 func randomHex(bytes int) string {

@@ -50,6 +50,12 @@ func start(t *testing.T, o ec2sim.Options) *sim {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return serve(t, s)
+}
+
+// serve puts a server on the network until the end of the test.
+func serve(t *testing.T, s *ec2sim.Server) *sim {
+	t.Helper()
 	h := httptest.NewServer(s)
 	t.Cleanup(func() {
 		h.Close()

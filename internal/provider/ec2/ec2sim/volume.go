@@ -66,7 +66,7 @@ func (s *Server) findVolume(id string) (*volume, error) {
 
 // mine are the tags in the pool of what becomes the EC2 resource id.
 func (s *Server) mine(id string) backup.Tags {
-	return backup.Tags{tagServer: s.opts.Devices, tagServer + "-id": id}
+	return backup.Tags{tagServer: s.opts.Devices, tagID: id}
 }
 
 func (s *Server) createVolume(ctx context.Context, c *call) (any, error) {
