@@ -66,13 +66,13 @@ func TestEveryFlowThroughEC2KilledAfterAnyCallIsSwept(t *testing.T) {
 	keeper := p.backup(t)
 	root := filepath.Join(p.dir, "copy", "a")
 	t.Run("backup", func(t *testing.T) {
-		p.underFaults(t, flowUnderFault{killsOnce: true, removes: func(t *testing.T, o outcome) {
+		p.underFaults(t, flowUnderFault{killsOnce: true, within: "ec2.", removes: func(t *testing.T, o outcome) {
 			t.Helper()
 			p.must(t, "delete", string(p.manifestOf(t, o).ID))
 		}, args: func(*testing.T) []string { return []string{"backup", "--json"} }})
 	})
 	t.Run("restore", func(t *testing.T) {
-		p.underFaults(t, flowUnderFault{killsOnce: true, removes: func(t *testing.T, _ outcome) {
+		p.underFaults(t, flowUnderFault{killsOnce: true, within: "ec2.", removes: func(t *testing.T, _ outcome) {
 			t.Helper()
 			p.must(t, "restore", "--undo", root)
 		}, args: func(*testing.T) []string { return []string{"restore", string(keeper), "--to", root} }})

@@ -24,6 +24,7 @@ type flowUnderFault struct {
 	removes   func(t *testing.T, o outcome)
 	stay      []string // folders of copies that stand before the run
 	from      string   // only the points from this one on
+	within    string   // only the points whose name begins so
 	killsOnce bool     // only kills, at each distinct point once
 	retries   bool     // a call that failed is made again
 	always    bool     // removes also what a failed run left
@@ -40,6 +41,9 @@ func (f flowUnderFault) faults(points []string) []string {
 	}
 	every := len(points) <= allPoints
 	for i := max(start, 0); i < len(points); i++ {
+		if !strings.HasPrefix(points[i], f.within) {
+			continue
+		}
 		fresh := !seen[points[i]]
 		seen[points[i]] = true
 		if fresh || !f.killsOnce {

@@ -135,6 +135,16 @@ func TestThrottlingWithoutEndIsAnErrorThatLeavesNothing(t *testing.T) {
 	}
 }
 
+func TestTheSDKsOwnVariableSaysHowOftenIsTried(t *testing.T) {
+	environment(t)
+	t.Setenv("AWS_MAX_ATTEMPTS", "3")
+	front, endpoint := fake(t)
+	front.Inject(s3test.Fault{Operation: "ListObjectsV2", Times: -1, Status: 503, Code: "SlowDown"})
+	if _, err := store(t, endpoint, "x").List(t.Context(), ""); err == nil || front.Calls("ListObjectsV2") != 3 {
+		t.Errorf("got %v after %d attempts, want 3", err, front.Calls("ListObjectsV2"))
+	}
+}
+
 func TestACancelledPutTakesBackWhatTheServerFinished(t *testing.T) {
 	inBoth(t, func(t *testing.T, front *s3test.Front, endpoint string) {
 		for operation, content := range map[string]string{"PutObject": little, "CreateMultipartUpload": much(), "UploadPart": much(), "CompleteMultipartUpload": much()} {

@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"cleancut/internal/backup"
@@ -53,13 +54,35 @@ type Result struct {
 
 // Run takes the cut. Errors that mean "taken, but not at one instant" wrap
 // backup.ErrVoid.
-func Run(ctx context.Context, p Provider, o Options) (res Result, err error) {
+//
+// Mode auto is the provider's group where it has one for these volumes, which
+// does not touch production, else the freeze. Only ErrUnsupported says that
+// there is no group; a permission that is missing, or a limit, must not turn
+// into a freeze that nobody asked for.
+func Run(ctx context.Context, p Provider, o Options) (Result, error) {
+	if o.Mode != backup.ModeAuto {
+		return run(ctx, p, o)
+	}
+	if before := o.BeforeFreeze; before != nil {
+		once := sync.OnceValue(func() error { return before(ctx) })
+		o.BeforeFreeze = func(context.Context) error { return once() }
+	}
+	o.Mode = backup.ModeGroup
+	res, err := run(ctx, p, o)
+	if errors.Is(err, backup.ErrUnsupported) { // said before anything was taken
+		o.Mode, o.why = backup.ModeFreeze, err
+		return run(ctx, p, o)
+	}
+	return res, err
+}
+
+func run(ctx context.Context, p Provider, o Options) (res Result, err error) {
 	members := o.Topology.Members()
-	set := provider.Set{Skew: o.Skew}
+	set := provider.Set{Skew: o.Skew, Group: o.Mode == backup.ModeGroup}
 	for _, m := range members {
 		set.Members = append(set.Members, provider.Member{Volume: m.Volume.ID, Tags: backup.SnapshotTags(o.ID, o.Cluster, m, len(members))})
 	}
-	prepared, err := prepare(ctx, p, &set, &o)
+	prepared, err := p.Prepare(ctx, set)
 	if err != nil {
 		return res, fmt.Errorf("prepare the snapshots: %w", err)
 	}
@@ -78,24 +101,6 @@ func Run(ctx context.Context, p Provider, o Options) (res Result, err error) {
 			Requested: t.Requested, Responded: t.Responded})
 	}
 	return res, judge(&res, members, o)
-}
-
-// prepare settles what auto means: the provider's group where it has one for
-// these volumes, which does not touch production, else the freeze. Only
-// ErrUnsupported says that there is no group; a permission that is missing, or
-// a limit, must not turn into a freeze that nobody asked for.
-func prepare(ctx context.Context, p Provider, set *provider.Set, o *Options) (provider.Cut, error) {
-	set.Group = o.Mode == backup.ModeAuto || o.Mode == backup.ModeGroup
-	prepared, err := p.Prepare(ctx, *set)
-	if o.Mode != backup.ModeAuto {
-		return prepared, err
-	}
-	o.Mode = backup.ModeGroup
-	if errors.Is(err, backup.ErrUnsupported) {
-		o.Mode, set.Group, o.why = backup.ModeFreeze, false, err
-		return p.Prepare(ctx, *set)
-	}
-	return prepared, err
 }
 
 func take(ctx context.Context, prepared provider.Cut, o Options) (provider.Taken, Result, error) {

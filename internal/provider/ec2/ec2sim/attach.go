@@ -23,8 +23,11 @@ const (
 	detached  = "detached"
 )
 
-// busyPoll is how often a device that is in use is looked at again.
-const busyPoll = 20 * time.Millisecond
+// A device that is in use is looked at again after busyFirst, then ever later.
+const (
+	busyFirst = 10 * time.Millisecond
+	busyLast  = 200 * time.Millisecond
+)
 
 type attachment struct {
 	instance string
@@ -126,7 +129,7 @@ func (s *Server) beginAttach(v *volume, i *instance, name string, hangs bool) {
 		}
 		d, err := s.plug(ctx, v.local, v.id, i, name)
 		if err != nil { // EC2 would leave it attaching as well
-			s.log.ErrorContext(ctx, "attach volume", slog.String("volume", v.id), slog.Any("error", err))
+			s.log.ErrorContext(ctx, "attach volume", slog.String(keyVolume, v.id), slog.Any(keyError, err))
 			return
 		}
 		s.mu.Lock()
@@ -194,18 +197,18 @@ func (s *Server) detachVolume(_ context.Context, c *call) (any, error) {
 
 // detach takes the device away as soon as nobody uses it.
 func (s *Server) detach(ctx context.Context, v *volume, at *attachment) {
-	for {
+	for wait := busyFirst; ; wait = min(2*wait, busyLast) {
 		err := s.unplugOnce(ctx, v, at)
 		if err == nil {
 			break
 		}
 		if !errors.Is(err, backup.ErrInUse) {
-			s.log.ErrorContext(ctx, "detach volume", slog.String("volume", v.id), slog.Any("error", err))
+			s.log.ErrorContext(ctx, "detach volume", slog.String(keyVolume, v.id), slog.Any(keyError, err))
 		}
 		s.mu.Lock()
 		at.state = busy
 		s.mu.Unlock()
-		if pause(ctx, busyPoll) != nil {
+		if pause(ctx, wait) != nil {
 			return // Close does the rest
 		}
 	}

@@ -71,13 +71,13 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case errors.Is(err, errLost):
 		panic(http.ErrAbortHandler) // net/http closes the connection without an answer
 	case errors.As(err, &api):
-		s.log.DebugContext(r.Context(), "refused", slog.String("action", c.action), slog.String("code", api.code), slog.String("message", api.message))
+		s.log.DebugContext(r.Context(), "refused", slog.String(keyAction, c.action), slog.String(keyError, api.Error()))
 		writeError(w, api)
 	case err != nil:
-		s.log.ErrorContext(r.Context(), "call", slog.String("action", c.action), slog.Any("error", err))
+		s.log.ErrorContext(r.Context(), "call", slog.String(keyAction, c.action), slog.Any(keyError, err))
 		writeError(w, refuse("InternalError", "An internal error has occurred: %v", err))
 	default:
-		s.log.DebugContext(r.Context(), "answered", slog.String("action", c.action))
+		s.log.DebugContext(r.Context(), "answered", slog.String(keyAction, c.action))
 		writeXML(w, strings.TrimSuffix(c.action, "(DryRun)"), body)
 	}
 }

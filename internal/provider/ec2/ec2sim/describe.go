@@ -315,12 +315,10 @@ func (s *Server) describeInstances(_ context.Context, c *call) (any, error) {
 	return answer, err
 }
 
+// seen says xen of Nitro too, as EC2 does (API Instance, hypervisor).
 func (i *instance) seen(volumes []volumeXML) instanceXML {
 	x := instanceXML{InstanceID: i.ID, ImageID: imageID, State: stateXML{16, "running"}, InstanceType: i.kind(), LaunchTime: stamp(i.launched), Placement: placementXML{i.Zone, "default"},
 		Hypervisor: "xen", Virtualization: "hvm", Architecture: "x86_64", RootDeviceName: "/dev/xvda", RootDeviceType: "ebs", EbsOptimized: !i.Xen}
-	if !i.Xen {
-		x.Hypervisor = "nitro"
-	}
 	for _, v := range volumes {
 		for _, a := range v.Attachments.Items {
 			if a.InstanceID == i.ID {

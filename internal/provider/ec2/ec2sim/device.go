@@ -86,7 +86,7 @@ func (s *Server) unplug(ctx context.Context, d *device) error {
 	}
 	hidden := ""
 	if d.shown != "" {
-		hidden = filepath.Join(filepath.Dir(filepath.Dir(d.shown)), ".gone-"+filepath.Base(d.shown))
+		hidden = filepath.Join(filepath.Dir(filepath.Dir(d.shown)), ".gone-"+string(d.local))
 		if err := os.Rename(d.shown, hidden); err != nil {
 			return err
 		}
@@ -109,13 +109,20 @@ func lockFolder(dir string) (*os.File, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	name := filepath.Join(dir, "lock")
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		_ = f.Close()
-		return nil, backup.Hint(fmt.Errorf("another ec2sim uses %s: %w", dir, backup.ErrInUse), "give each its own folder of devices")
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err == nil {
+		// Close removes the name first: then this is nobody's lock.
+		ours, err1 := f.Stat()
+		there, err2 := os.Stat(name)
+		if err1 == nil && err2 == nil && os.SameFile(ours, there) {
+			return f, nil
+		}
 	}
-	return f, nil
+	_ = f.Close()
+	return nil, backup.Hint(fmt.Errorf("another ec2sim uses %s: %w", dir, backup.ErrInUse), "give each its own folder of devices, or wait for its end")
 }

@@ -108,9 +108,9 @@ func (s *Server) strike(action string) (out []strike) {
 			continue
 		}
 		f.hit++
-		// Calls that come one after the other, but faster than the skew, are
-		// those of one cut as well.
-		if f.flying == 0 && time.Since(f.landed) > max(f.Delay, time.Second) {
+		// The first may have landed before the last comes, which was sent at
+		// the same time.
+		if f.flying == 0 && time.Since(f.landed) > f.Delay {
 			f.row = 0
 		}
 		out = append(out, strike{f, f.row})

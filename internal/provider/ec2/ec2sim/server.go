@@ -40,6 +40,14 @@ const (
 
 const gib = backup.Bytes(1 << 30)
 
+const (
+	keyAction   = "action"
+	keyError    = "error"
+	keyReason   = "reason"
+	keySnapshot = "snapshot"
+	keyVolume   = "volume"
+)
+
 // Options say what the server plays. Only Pool is needed.
 type Options struct {
 	Pool    string // folder of a local pool; one that is none yet becomes one
@@ -118,13 +126,13 @@ func New(ctx context.Context, o Options) (*Server, error) {
 	}
 	s.dm = noDeviceMapper(ctx)
 	if s.dm != "" {
-		s.log.WarnContext(ctx, "CreateSnapshots is not supported here", slog.String("reason", s.dm))
+		s.log.WarnContext(ctx, "CreateSnapshots is not supported here", slog.String(keyReason, s.dm))
 	}
 	if err := s.sweep(ctx); err != nil {
 		_ = s.lock.Close()
 		return nil, fmt.Errorf("ec2sim: take away what an earlier server left: %w", err)
 	}
-	background, stop := context.WithCancel(context.WithoutCancel(ctx))
+	background, stop := context.WithCancel(context.Background()) // what ctx carries, such as injected faults, is the caller's
 	s.stop = stop
 	s.spawn = func(work func(context.Context)) { s.work.Go(func() { work(background) }) }
 	for _, i := range o.Instances {
@@ -226,9 +234,6 @@ func (s *Server) Close() error {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		err = s.sweep(ctx)
-		for _, i := range s.opts.Instances {
-			err = errors.Join(err, os.RemoveAll(s.Devices(i.ID)))
-		}
 		err = errors.Join(err, os.Remove(s.lock.Name()), s.lock.Close())
 		_ = os.Remove(s.opts.Devices) // others may have files there
 		if err != nil {
@@ -239,7 +244,7 @@ func (s *Server) Close() error {
 }
 
 // sweep takes away everything in the pool that carries the mark of a server on
-// these Devices.
+// these Devices, and what the instances see.
 func (s *Server) sweep(ctx context.Context) error {
 	mine := backup.Tags{tagServer: s.opts.Devices}
 	inv, err := s.pool.List(ctx, mine)
@@ -263,7 +268,12 @@ func (s *Server) sweep(ctx context.Context) error {
 	for _, snap := range inv.Snapshots {
 		ids = append(ids, snap.ID)
 	}
-	return errors.Join(append(errs, s.pool.DeleteSnapshots(ctx, ids, mine))...)
+	errs = append(errs, s.pool.DeleteSnapshots(ctx, ids, mine))
+	seen, err := filepath.Glob(filepath.Join(s.opts.Devices, "i-*"))
+	for _, dir := range seen {
+		errs = append(errs, os.RemoveAll(dir))
+	}
+	return errors.Join(append(errs, err)...)
 }
 
 func randomHex(bytes int) string {

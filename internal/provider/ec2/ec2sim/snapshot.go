@@ -213,7 +213,7 @@ func (s *Server) complete(ctx context.Context, m *snapshot) {
 		s.finish(m, completed, "")
 	case ctx.Err() != nil || errors.Is(err, backup.ErrNotFound): // deleted meanwhile
 	default:
-		s.log.ErrorContext(ctx, "complete snapshot", slog.String("snapshot", m.id), slog.Any("error", err))
+		s.log.ErrorContext(ctx, "complete snapshot", slog.String(keySnapshot, m.id), slog.Any(keyError, err))
 		s.finish(m, broken, err.Error())
 	}
 }

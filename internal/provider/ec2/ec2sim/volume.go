@@ -298,7 +298,7 @@ func (s *Server) deleteVolume(ctx context.Context, c *call) (any, error) {
 		defer v.work.Unlock()
 		err := s.pool.DeleteVolume(ctx, v.local, s.mine(v.id))
 		if err != nil {
-			s.log.ErrorContext(ctx, "delete volume", slog.String("volume", v.id), slog.Any("error", err))
+			s.log.ErrorContext(ctx, "delete volume", slog.String(keyVolume, v.id), slog.Any(keyError, err))
 		}
 		s.settle(ctx, func() {
 			if err != nil {
