@@ -91,6 +91,7 @@ func (a *app) patient(ctx context.Context, o *flow.DoctorOptions) (*flow.Flow, e
 	if o.ProviderErr = err; err == nil {
 		f.Provider = p
 	}
+	o.Local = s.cluster.Provider == "local"
 	o.Backup.Target, o.Backup.KeepAway = s.target(), s.keepAway()
 	return f, nil
 }

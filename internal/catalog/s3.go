@@ -109,7 +109,8 @@ func (s *S3) fit(key string) error {
 // Put sends what r yields as one object, in parts if it is large, on the
 // condition that there is none yet. Each Put marks its object with a token of
 // its own, by which it knows it again after a lost answer. A Put whose ctx
-// ends takes back what the server may have finished.
+// ends takes back what the server has finished by then; what it finishes still
+// later stays, as after a lost answer.
 func (s *S3) Put(ctx context.Context, key string, r io.Reader) error {
 	if err := check(ctx, s.fit(key)); err != nil {
 		return fmt.Errorf("put %s: %w", key, err)

@@ -45,6 +45,7 @@ func (s *S3) open(ctx context.Context) (*s3.Client, error) {
 	}
 	client := s3.NewFromConfig(cfg, func(o *s3.Options) {
 		o.UsePathStyle = s.at.pathStyle
+		o.Retryer = s.retryer(cfg.RetryMaxAttempts)
 		o.DisableLogOutputChecksumValidationSkipped = true
 		if s.at.endpoint != "" {
 			o.BaseEndpoint = &s.at.endpoint
@@ -68,7 +69,6 @@ func (s *S3) config(ctx context.Context) (aws.Config, error) {
 	load := func(ctx context.Context, more ...func(*config.LoadOptions) error) (aws.Config, error) {
 		options := []func(*config.LoadOptions) error{
 			config.WithHTTPClient(awshttp.NewBuildableClient().WithTransportOptions(func(t *http.Transport) { t.ResponseHeaderTimeout = headerTime })),
-			config.WithRetryer(s.retryer),
 		}
 		if s.at.region != "" {
 			options = append(options, config.WithRegion(s.at.region))
@@ -87,9 +87,13 @@ func (s *S3) config(ctx context.Context) (aws.Config, error) {
 	return cfg, ctx.Err() // AWS_ENDPOINT_URL_S3 needs none
 }
 
-func (s *S3) retryer() aws.Retryer {
+// retryer is the SDK's standard one. configured is 0 if the user does not say
+// how often to try.
+func (s *S3) retryer(configured int) aws.Retryer {
 	return retry.NewStandard(func(o *retry.StandardOptions) {
-		o.MaxAttempts = attempts
+		if o.MaxAttempts = attempts; configured > 0 {
+			o.MaxAttempts = configured
+		}
 		if s.pause > 0 {
 			o.MaxBackoff = s.pause
 		}

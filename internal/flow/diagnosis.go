@@ -10,6 +10,7 @@ import (
 
 	"cleancut/internal/backup"
 	"cleancut/internal/postgres"
+	"cleancut/internal/provider"
 )
 
 // Health is the result of one of doctor's checks.
@@ -44,6 +45,7 @@ func Diagnose(x Condition) []Finding {
 	d.tools()
 	d.state()
 	d.pool()
+	d.permissions()
 	d.catalog()
 	if x.For != ForRestore {
 		d.watchdog()
@@ -91,9 +93,11 @@ func (d *diagnosis) host() {
 	default:
 		d.say(Bad, "kernel", "boot a newer kernel", "Linux %s; 5.12 is the oldest that can confine a copy's server (mount_setattr)", d.Kernel.Release)
 	}
-	if d.Loop {
+	switch {
+	case !d.Local:
+	case d.Loop:
 		d.say(Healthy, "loop devices", "", "/dev/loop-control is there")
-	} else {
+	default:
 		d.say(Bad, "loop devices", "modprobe loop", "no /dev/loop-control; volumes of the local provider are loop devices")
 	}
 	switch {
@@ -204,6 +208,9 @@ func (d *diagnosis) pool() {
 	}
 	d.say(Healthy, name, "", "%s", x.Kind)
 	if x.Size == 0 {
+		for _, n := range x.Notes {
+			d.say(Healthy, name, "", "%s", n)
+		}
 		return
 	}
 	detail := fmt.Sprintf("%s of %s free, a cut wants at least %s", x.Free, x.Size, x.Need)
@@ -217,6 +224,28 @@ func (d *diagnosis) pool() {
 	}
 	for _, n := range x.Notes {
 		d.say(Warning, "provider", "", "%s", n)
+	}
+}
+
+// permissions judges those that this host's part needs.
+func (d *diagnosis) permissions() {
+	var allowed []string
+	for _, p := range d.Permissions {
+		if d.For != ForAll && !slices.ContainsFunc(p.Roles, func(role string) bool { return strings.HasPrefix(role, string(d.For)) }) {
+			continue
+		}
+		name := "permission " + p.Action
+		switch p.Grant {
+		case provider.Allowed:
+			allowed = append(allowed, p.Action)
+		case provider.Denied:
+			d.say(Bad, name, "allow it in the policy of this host's role: docs/aws.md has the whole policy", "denied; it is needed to %s: %s", p.For, p.Note)
+		default:
+			d.say(Unknown, name, "", "needed to %s: %s", p.For, p.Note)
+		}
+	}
+	if len(allowed) > 0 {
+		d.say(Healthy, "permissions", "", "allowed, by dry run: %s", strings.Join(allowed, ", "))
 	}
 }
 
@@ -311,6 +340,9 @@ func (d *diagnosis) volumes() {
 		return
 	}
 	for _, v := range d.Examined.Volumes {
+		if v.Extents == 0 && v.Estimate == 0 { // the provider cannot tell
+			continue
+		}
 		said := fmt.Sprintf("%d extents, its snapshot is expected to take %s inside the freeze (deadline %s)", v.Extents, v.Estimate.Round(time.Millisecond), d.Deadline)
 		mend := "stop the server and copy its files to new storage (`cleancut storage create`), or accept a longer stop with --deadline " + (2*v.Estimate + time.Second).Truncate(time.Second).String()
 		switch name := "volume " + string(v.ID); {

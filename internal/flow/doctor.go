@@ -34,6 +34,7 @@ const (
 // opened is nil there, and its error is here.
 type DoctorOptions struct {
 	For         Scope
+	Local       bool // the volumes are the local provider's
 	Backup      BackupOptions
 	Store       catalog.Store // what the Flow's catalog lies in
 	ProviderErr error
@@ -46,9 +47,15 @@ type examiner interface {
 	Examine(ctx context.Context, volumes []backup.VolumeID) (provider.Examination, error)
 }
 
+// granter is the optional power of a provider to tell what this host may do.
+type granter interface {
+	Permissions(ctx context.Context) []provider.Permission
+}
+
 // Condition is all that Diagnose decides by. An error in it is a fact.
 type Condition struct {
 	For      Scope
+	Local    bool
 	UID      int
 	Missing  []string // capabilities that this process lacks
 	Kernel   host.Kernel
@@ -77,6 +84,7 @@ type Condition struct {
 	KeepAway    error
 	Examined    *provider.Examination // nil: the provider cannot tell
 	Examination error
+	Permissions []provider.Permission
 
 	Majors []MajorFacts
 	Frozen []string // mount points that were ever frozen from here
@@ -107,7 +115,7 @@ const examineTime = 30 * time.Second
 // that stays: one object is put into the catalog and deleted, one watchdog is
 // started and ended. Only ctx makes it fail; whatever else goes wrong is a fact.
 func (f *Flow) Examine(ctx context.Context, o DoctorOptions) (Condition, error) {
-	x := Condition{For: o.For, UID: os.Geteuid(), Deadline: o.Backup.Deadline, State: o.StateErr, Provider: o.ProviderErr, Catalog: o.CatalogErr,
+	x := Condition{For: o.For, Local: o.Local, UID: os.Geteuid(), Deadline: o.Backup.Deadline, State: o.StateErr, Provider: o.ProviderErr, Catalog: o.CatalogErr,
 		Missed: map[string]string{}, Backups: map[backup.ID]BackupState{}}
 	var err error
 	if x.Missing, err = host.MissingCapabilities(wantedCapabilities()); err != nil {
@@ -134,6 +142,11 @@ func (f *Flow) Examine(ctx context.Context, o DoctorOptions) (Condition, error) 
 	}
 	if f.Provider != nil && x.Examined == nil && x.Examination == nil {
 		f.examineVolumes(ctx, &x, nil)
+	}
+	if g, ok := f.Provider.(granter); ok {
+		limited, cancel := context.WithTimeout(ctx, examineTime)
+		x.Permissions = g.Permissions(limited)
+		cancel()
 	}
 	for _, major := range slices.Sorted(maps.Keys(majors)) {
 		x.Majors = append(x.Majors, f.examineMajor(ctx, major))

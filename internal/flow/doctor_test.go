@@ -24,7 +24,7 @@ import (
 // well is a host on which nothing is wrong.
 func well(scope flow.Scope) flow.Condition {
 	return flow.Condition{
-		For: scope, Kernel: host.Kernel{Release: "6.1.0", Major: 6, Minor: 1}, Loop: true, MD: true, Deadline: 10 * time.Second,
+		For: scope, Local: true, Kernel: host.Kernel{Release: "6.1.0", Major: 6, Minor: 1}, Loop: true, MD: true, Deadline: 10 * time.Second,
 		StatePath: "/var/lib/cleancut-host", Backups: map[backup.ID]flow.BackupState{"20261122T211704Z-5f3a9c": flow.Complete},
 		Needs: flow.Needs{Arrays: true, Filesystems: []string{"xfs"}}, Version: "PostgreSQL 15.18 on x86_64", Filesystems: 2, Members: 4,
 		Examined: &provider.Examination{Kind: "pool", Free: 50 << 30, Size: 100 << 30, Need: 10 << 30, Volumes: []provider.ExaminedVolume{
@@ -67,6 +67,15 @@ func TestDiagnoseSaysWhatIsWrongAndHowToMendIt(t *testing.T) {
 		{"a watchdog that the OOM killer may end", flow.ForBackup, func(x *flow.Condition) { x.WatchdogNote = "not exempt" }, "watchdog", flow.Warning, "not exempt", "CAP_SYS_RESOURCE"},
 		{"an old kernel on a restore host", flow.ForRestore, func(x *flow.Condition) { x.Kernel = host.Kernel{Release: "5.10.0", Major: 5, Minor: 10} }, "kernel", flow.Bad, "5.12", "newer"},
 		{"an old kernel on a host that only backs up", flow.ForBackup, func(x *flow.Condition) { x.Kernel = host.Kernel{Release: "5.10.0", Major: 5, Minor: 10} }, "kernel", flow.Healthy, "5.10.0", ""},
+		{"a permission that is denied", flow.ForRestore, func(x *flow.Condition) {
+			x.Permissions = []provider.Permission{{Action: "ec2:AttachVolume", Grant: provider.Denied, For: "attach the volumes of copies", Roles: []string{"restore host"}}}
+		}, "permission ec2:AttachVolume", flow.Bad, "attach the volumes of copies", "docs/aws.md"},
+		{"a permission that nobody answers for", flow.ForBackup, func(x *flow.Condition) {
+			x.Permissions = []provider.Permission{{Action: "ec2:CreateSnapshot", Grant: provider.Unasked, For: "cut", Roles: []string{"backup host"}}}
+		}, "permission ec2:CreateSnapshot", flow.Unknown, "needed to cut", ""},
+		{"another host's permission", flow.ForBackup, func(x *flow.Condition) {
+			x.Permissions = []provider.Permission{{Action: "ec2:AttachVolume", Grant: provider.Denied, Roles: []string{"restore host"}}, {Action: "ec2:CreateTags", Grant: provider.Allowed, Roles: []string{"backup host"}}}
+		}, "permissions", flow.Healthy, "ec2:CreateTags", ""},
 		{"no loop devices", flow.ForRestore, func(x *flow.Condition) { x.Loop = false }, "loop devices", flow.Bad, "loop-control", "modprobe loop"},
 		{"no md for a striped backup", flow.ForRestore, func(x *flow.Condition) { x.MD = false }, "md arrays", flow.Bad, "striped", "modprobe md-mod"},
 		{"no md and nothing striped", flow.ForRestore, func(x *flow.Condition) { x.MD, x.Needs.Arrays = false, false }, "md arrays", flow.Healthy, "", ""},

@@ -7,6 +7,7 @@
 package s3test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -89,7 +90,9 @@ type Fault struct {
 	Status                 int
 	Code                   string
 	Header                 map[string]string // of the error
-	Call                   func()            // called first; may be nil
+	// Call is called before the answer or its loss: with Lose after the effect,
+	// which then happens also if the client is gone. It may be nil.
+	Call func()
 }
 
 // Front stands before a server. It may be used by many requests at once.
@@ -185,12 +188,14 @@ func (f *Front) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.next.ServeHTTP(w, r)
 		return
 	}
+	if fault.Lose {
+		f.next.ServeHTTP(lost{http.Header{}}, r.WithContext(context.WithoutCancel(r.Context())))
+	}
 	if fault.Call != nil {
 		fault.Call()
 	}
 	switch {
 	case fault.Lose:
-		f.next.ServeHTTP(lost{http.Header{}}, r)
 		panic(http.ErrAbortHandler) // cuts the connection without an answer
 	case fault.Cut:
 		panic(http.ErrAbortHandler)

@@ -153,6 +153,7 @@ func TestBadLuck(t *testing.T) {
 		{"a cut is cancelled while a call is on its way: its snapshot is found though it comes later", cancelledOnTheWay, ec2sim.Options{}},
 		{"CreateSnapshot fails after its effect: the snapshot is found", failsAfter, ec2sim.Options{}},
 		{"the answer of CreateVolume is lost: there is one volume", lostVolume, ec2sim.Options{}},
+		{"EC2 has forgotten a client token: the volume is found by its tag", forgottenToken, ec2sim.Options{}},
 		{"the answers of AttachVolume, DetachVolume, CreateTags and the deletions are lost: done once", lostOthers, ec2sim.Options{}},
 		{"a second snapshot turns up with the cut's tag: the cut is void", secondSnapshot, ec2sim.Options{}},
 		{"a snapshot's tags name another volume: the cut is void", swappedTags, ec2sim.Options{}},
@@ -290,6 +291,25 @@ func lostVolume(f *field) {
 	}
 }
 
+func forgottenToken(f *field) {
+	spec := f.spec()
+	var list []types.Tag
+	for k, v := range f.owner.With("cleancut:token", spec.Token) {
+		list = append(list, types.Tag{Key: aws.String(k), Value: aws.String(v)})
+	}
+	made, err := f.aws.CreateVolume(f.Context(), &sdk.CreateVolumeInput{AvailabilityZone: aws.String(region + "a"), Size: aws.Int32(1), VolumeType: types.VolumeTypeGp3,
+		TagSpecifications: []types.TagSpecification{{ResourceType: types.ResourceTypeVolume, Tags: list}}})
+	f.must(err)
+	v, err := f.p.CreateVolume(f.Context(), spec)
+	f.must(err)
+	if string(v.ID) != *made.VolumeId {
+		f.Errorf("got %v", v)
+	}
+	spec.Size *= 2
+	_, err = f.p.CreateVolume(f.Context(), spec)
+	f.want(err, backup.ErrExists)
+}
+
 func lostOthers(f *field) {
 	for _, action := range []string{"AttachVolume", "DetachVolume", "CreateTags", "DeleteSnapshot", "DeleteVolume"} {
 		f.Inject(ec2sim.Fault{Action: action, Kind: ec2sim.LoseAnswer, Nth: 1})
@@ -307,22 +327,26 @@ func lostOthers(f *field) {
 }
 
 func secondSnapshot(f *field) {
-	taken, err := f.take(f.set(f.volumes(1)...))
-	f.must(err)
-	tags := f.listed()[0].Tags
-	var list []types.Tag
-	for k, v := range tags {
-		list = append(list, types.Tag{Key: aws.String(k), Value: aws.String(v)})
+	for _, of := range []int{0, 1} { // of the member, and of another volume
+		ids := f.volumes(2)
+		taken, err := f.take(f.set(ids[0]))
+		f.must(err)
+		var list []types.Tag
+		for k, v := range f.listed()[0].Tags {
+			if k != backup.TagVolume {
+				list = append(list, types.Tag{Key: aws.String(k), Value: aws.String(v)})
+			}
+		}
+		late, err := f.aws.CreateSnapshot(f.Context(), &sdk.CreateSnapshotInput{VolumeId: aws.String(string(ids[of])),
+			TagSpecifications: []types.TagSpecification{{ResourceType: types.ResourceTypeSnapshot, Tags: list}}})
+		f.must(err)
+		err = f.p.Complete(f.Context(), idsOf(taken), make([]backup.Tags, 1))
+		f.want(err, backup.ErrVoid)
+		if err != nil && !strings.Contains(err.Error(), *late.SnapshotId) {
+			f.Errorf("%v does not name %s", err, *late.SnapshotId)
+		}
+		f.sweep(2)
 	}
-	late, err := f.aws.CreateSnapshot(f.Context(), &sdk.CreateSnapshotInput{VolumeId: aws.String(string(taken.Members[0].Volume.ID)),
-		TagSpecifications: []types.TagSpecification{{ResourceType: types.ResourceTypeSnapshot, Tags: list}}})
-	f.must(err)
-	err = f.p.Complete(f.Context(), idsOf(taken), make([]backup.Tags, 1))
-	f.want(err, backup.ErrVoid)
-	if err != nil && !strings.Contains(err.Error(), *late.SnapshotId) {
-		f.Errorf("%v does not name %s", err, *late.SnapshotId)
-	}
-	f.sweep(2)
 }
 
 func swappedTags(f *field) {
@@ -489,6 +513,10 @@ func elsewhere(f *field) {
 	_, err = f.p.Attach(f.Context(), v.ID)
 	f.want(err, backup.ErrInUse)
 	_, err = f.p.Resolve(f.Context(), device)
+	f.want(err, backup.ErrNotFound)
+	mistaken := f.options(instanceA) // it sees the other's devices
+	mistaken.Devices = f.Devices(instanceB)
+	_, err = f.open(f.T, mistaken).Resolve(f.Context(), device)
 	f.want(err, backup.ErrNotFound)
 	f.must(f.p.Detach(f.Context(), v.ID)) // not attached here
 	inv, err := f.p.List(f.Context(), f.owner)

@@ -16,6 +16,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/ec2"
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
+	"github.com/aws/smithy-go/logging"
 
 	"cleancut/internal/backup"
 	"cleancut/internal/provider"
@@ -278,6 +279,7 @@ func (p *Provider) singleAttempts(credentials aws.Credentials, client *http.Clie
 	return ec2.NewFromConfig(p.cfg, p.endpoint, func(o *ec2.Options) {
 		o.Retryer, o.RetryMaxAttempts = aws.NopRetryer{}, 1
 		o.HTTPClient = client
+		o.Logger = logging.Nop{} // the log may lie on a frozen filesystem
 		o.Credentials = aws.CredentialsProviderFunc(func(context.Context) (aws.Credentials, error) { return credentials, nil })
 	})
 }

@@ -147,7 +147,7 @@ func (p *Provider) request(ctx context.Context, spec provider.VolumeSpec) (*ec2.
 	token := clientToken(spec.Token)
 	in := &ec2.CreateVolumeInput{
 		AvailabilityZone:  aws.String(zone),
-		
+		ClientToken:       aws.String(token),
 		VolumeType:        types.VolumeType(p.o.VolumeType),
 		TagSpecifications: tagSpecification(types.ResourceTypeVolume, spec.Tags.With(tagToken, token)),
 	}

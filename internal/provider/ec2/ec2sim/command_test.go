@@ -142,10 +142,7 @@ func TestTheStockCLICanUseTheCommand(t *testing.T) {
 	}
 }
 
-func TestTheStockCLICanCutAGroup(t *testing.T) {
-	if !labtest.Here(t, labtest.MD) {
-		return
-	}
+func groupByCLI(t *testing.T) {
 	s := start(t, ec2sim.Options{})
 	volumes := []string{s.create(), s.create()}
 	for i, v := range volumes {
@@ -157,10 +154,7 @@ func TestTheStockCLICanCutAGroup(t *testing.T) {
 	}
 }
 
-func TestWhatAKilledServerLeftTheNextOneTakesAway(t *testing.T) {
-	if !labtest.Here(t, labtest.MD) { // with device mapper, which leaves more
-		return
-	}
+func groupOfTheKilled(t *testing.T) {
 	pool := labtest.Pool(t, "xfs", 2<<30)
 	killed := play(t, pool, "--rate-window", "1ns")
 	s := &sim{Client: client(killed.URL, ec2sim.AccessKey), t: t}

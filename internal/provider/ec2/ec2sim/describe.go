@@ -19,6 +19,16 @@ type page struct {
 
 func (c *call) page(idList string) page {
 	p := page{max: c.integer("MaxResults"), ids: c.list(idList)}
+	for _, id := range p.ids {
+		switch {
+		case idList == "VolumeId" && !volumePattern.MatchString(id):
+			c.complain(malformedVolume(id))
+		case idList == "SnapshotId" && !snapshotPattern.MatchString(id):
+			c.complain(malformedSnapshot(id))
+		case idList == "InstanceId" && !instancePattern.MatchString(id):
+			c.complain(malformedInstance(id))
+		}
+	}
 	next := c.str("NextToken")
 	switch {
 	case c.has("MaxResults") && len(p.ids) > 0:
@@ -185,11 +195,8 @@ func (s *Server) seenVolumes(ids []string) ([]volumeXML, error) {
 			missing = slices.DeleteFunc(missing, func(id string) bool { return id == v.id })
 		}
 	}
-	for _, id := range missing {
-		if !volumePattern.MatchString(id) {
-			return nil, refuse("InvalidParameterValue", "Value (%s) for parameter volumeId is invalid. Expected: 'vol-...'.", id)
-		}
-		return nil, noVolume(id)
+	if len(missing) > 0 {
+		return nil, noVolume(missing[0])
 	}
 	return out, nil
 }
@@ -263,11 +270,8 @@ func (s *Server) describeSnapshots(_ context.Context, c *call) (any, error) {
 			}
 		}
 	}
-	for _, id := range missing {
-		if !snapshotPattern.MatchString(id) {
-			return nil, refuse("InvalidParameterValue", "Value (%s) for parameter snapshotId is invalid. Expected: 'snap-...'.", id)
-		}
-		return nil, noSnapshot(id)
+	if len(missing) > 0 {
+		return nil, noSnapshot(missing[0])
 	}
 	var answer snapshotsXML
 	var err error
@@ -280,11 +284,6 @@ func (s *Server) describeInstances(_ context.Context, c *call) (any, error) {
 	p, filters := c.page("InstanceId"), c.filters()
 	if err := c.ready(); err != nil {
 		return nil, err
-	}
-	for _, id := range p.ids {
-		if !instancePattern.MatchString(id) {
-			return nil, refuse("InvalidInstanceID.Malformed", "Invalid id: \"%s\"", id)
-		}
 	}
 	if err := c.permitted(); err != nil {
 		return nil, err

@@ -204,7 +204,7 @@ func (p *params) tagSpecs(resource string) backup.Tags {
 func (p *params) volumeID(name string) string {
 	id := p.needed(name)
 	if id != "" && !volumePattern.MatchString(id) {
-		p.complain(refuse("InvalidParameterValue", "Value (%s) for parameter volumeId is invalid. Expected: 'vol-...'.", id))
+		p.complain(malformedVolume(id))
 	}
 	return id
 }
@@ -215,14 +215,26 @@ func (p *params) instanceID(name string, needed bool) string {
 		id = p.needed(name)
 	}
 	if id != "" && !instancePattern.MatchString(id) {
-		p.complain(refuse("InvalidInstanceID.Malformed", "Invalid id: \"%s\"", id))
+		p.complain(malformedInstance(id))
 	}
 	return id
 }
 
 func (p *params) snapshotID(id string) string {
 	if id != "" && !snapshotPattern.MatchString(id) {
-		p.complain(refuse("InvalidParameterValue", "Value (%s) for parameter snapshotId is invalid. Expected: 'snap-...'.", id))
+		p.complain(malformedSnapshot(id))
 	}
 	return id
+}
+
+func malformedVolume(id string) *apiError {
+	return refuse("InvalidParameterValue", "Value (%s) for parameter volumeId is invalid. Expected: 'vol-...'.", id)
+}
+
+func malformedSnapshot(id string) *apiError {
+	return refuse("InvalidParameterValue", "Value (%s) for parameter snapshotId is invalid. Expected: 'snap-...'.", id)
+}
+
+func malformedInstance(id string) *apiError {
+	return refuse("InvalidInstanceID.Malformed", "Invalid id: \"%s\"", id)
 }

@@ -45,6 +45,7 @@ const (
 	keyError    = "error"
 	keyReason   = "reason"
 	keySnapshot = "snapshot"
+	keyTook     = "took"
 	keyVolume   = "volume"
 )
 
