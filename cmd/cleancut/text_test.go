@@ -169,12 +169,14 @@ func TestWhatIsNotThereIsAnErrorThatSaysWhatToDo(t *testing.T) {
 		{"show " + id, "not found"},
 		{"delete " + id, "open pool|nopool|no such file|what to do"},
 		{"backup", "open pool|nopool|what to do"},
-		{"sweep --provider ec2", "not there yet"},
+		{"sweep --provider ec2", "no region|[provider.ec2]"},
 		{"restore " + id + " --to /tmp/x --target latest", "latest|not there yet"},
 		{"thaw /nonexistent", "/nonexistent"},
 	} {
 		t.Run(c.args, func(t *testing.T) {
-			bare(t).run(t, strings.Fields(c.args)...).refused(t, 1, strings.Split(c.words, "|")...)
+			l := bare(t)
+			l.base = []string{"AWS_EC2_METADATA_DISABLED=true"} // nothing but loopback is asked
+			l.run(t, strings.Fields(c.args)...).refused(t, 1, strings.Split(c.words, "|")...)
 		})
 	}
 }

@@ -13,11 +13,10 @@ import (
 	"strings"
 	"time"
 
-	"github.com/johannesboyne/gofakes3"
-	"github.com/johannesboyne/gofakes3/backend/s3mem"
 	"golang.org/x/sys/unix"
 
 	"cleancut/internal/catalog"
+	"cleancut/internal/catalog/s3test"
 	"cleancut/internal/provider"
 	"cleancut/internal/provider/ec2"
 	"cleancut/internal/provider/ec2/ec2sim"
@@ -27,7 +26,6 @@ import (
 const (
 	instanceA = "i-0000000000000000a" // production
 	instanceB = "i-0000000000000000b" // restores
-	bucket    = "cleancut"
 )
 
 // cloud is the EC2 ground: an EC2 test server over the pool and an S3 server,
@@ -54,11 +52,9 @@ func (s *story) newCloud(ctx context.Context) (_ *cloud, err error) {
 	if s.Skew > 0 {
 		c.sim.Inject(ec2sim.Fault{Action: "CreateSnapshot", Kind: ec2sim.Skew, Delay: s.Skew})
 	}
-	objects := s3mem.New()
-	if err := objects.CreateBucket(bucket); err != nil {
+	if c.s3, err = s3test.Fake(); err != nil {
 		return nil, fmt.Errorf("S3 server: %w", err)
 	}
-	c.s3 = gofakes3.New(objects).Server()
 	for name, handler := range c.handlers() {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
@@ -128,7 +124,7 @@ func (c *cloud) environmentOf(instance string) []string {
 }
 
 func (c *cloud) url() string {
-	return "s3://" + bucket + "/demo?path_style=true&region=eu-central-1"
+	return "s3://" + s3test.Bucket + "/demo?path_style=true&region=eu-central-1"
 }
 
 func (c *cloud) provider(context.Context) (provider.Provider, error) { return c.ec2, nil }

@@ -217,7 +217,7 @@ func (f *Flow) examineCatalog(ctx context.Context, x *Condition, store catalog.S
 // probeFolder holds the objects of probe, apart from every cluster.
 const probeFolder = "doctor/"
 
-// probe puts an object, reads it back and deletes it. What probes that were
+// probe puts an object, sees that it cannot be overwritten, reads it back and deletes it. What probes that were
 // killed have left is deleted too, once it is old.
 func probe(ctx context.Context, store catalog.Store) (err error) {
 	old, err := store.List(ctx, probeFolder)
@@ -234,6 +234,10 @@ func probe(ctx context.Context, store catalog.Store) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, store.Delete(context.WithoutCancel(ctx), key)) }()
+	if err := store.Put(ctx, key, strings.NewReader("a second time\n")); !errors.Is(err, backup.ErrExists) {
+		return backup.Hint(fmt.Errorf("%s: what was there was overwritten, or was asked to be and nothing said so (%v): %w", key, err, backup.ErrUnsupported),
+			"an S3 server must honour If-None-Match on PutObject: take one that does")
+	}
 	r, err := store.Get(ctx, key)
 	if err != nil {
 		return err

@@ -13,12 +13,6 @@ func Quick(o Options, limit time.Duration) Options {
 	return o
 }
 
-// Rate returns o with that time between two snapshots of a volume.
-func Rate(o Options, rate time.Duration) Options {
-	o.pace.rate = rate
-	return o
-}
-
 // Attempt returns o with that limit for a call.
 func Attempt(o Options, limit time.Duration) Options {
 	o.pace.attempt = limit

@@ -172,9 +172,7 @@ func TestBadLuck(t *testing.T) {
 		t.Run(c.sentence, func(t *testing.T) {
 			c.o.Pool = pool
 			f := newField(t, c.o, func(o ec2.Options) ec2.Options {
-				if c.o.RateWindow > 0 {
-					return ec2.Rate(o, c.o.RateWindow)
-				}
+				o.SnapshotGap = c.o.RateWindow
 				return o
 			})
 			c.run(f)

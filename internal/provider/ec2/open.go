@@ -35,7 +35,7 @@ const (
 	keyVolume   = "volume"
 	keyDevice   = "device"
 	keySnapshot = "snapshot"
-	keyInstance = "instance"
+	keyWait     = "wait"
 )
 
 // Options says where EC2 is and how new volumes are made. The zero value is
@@ -52,6 +52,10 @@ type Options struct {
 	Throughput         int32  // MiB/s, gp3 only; 0: the type's baseline
 	InitializationRate int32  // MiB/s, 100 to 300, of volumes made from snapshots; 0: lazily. Costs per GiB
 	KMSKey             string // key of new volumes; "": the snapshot's, or the account's default
+
+	// SnapshotGap is what EC2 wants between two snapshots of one volume; Prepare
+	// waits so long. 0: 15 s, as EBS. A test server may want less.
+	SnapshotGap time.Duration
 
 	pace pace // zero fields: defaultPace
 }
@@ -72,7 +76,7 @@ type pace struct {
 
 func defaultPace() pace {
 	return pace{
-		poll: 500 * time.Millisecond, pollMax: 5 * time.Second, complete: 30 * time.Second,
+		poll: 200 * time.Millisecond, pollMax: 5 * time.Second, complete: 30 * time.Second,
 		settle: 30 * time.Second, change: 5 * time.Minute, device: time.Minute, rate: 15 * time.Second,
 		backoffMax: 10 * time.Second, attempts: 60, attempt: time.Minute, credentials: time.Minute,
 	}
@@ -108,6 +112,9 @@ func Open(ctx context.Context, o Options, log *slog.Logger) (*Provider, error) {
 	if o.pace == (pace{}) {
 		o.pace = defaultPace()
 	}
+	if o.SnapshotGap > 0 {
+		o.pace.rate = o.SnapshotGap
+	}
 	load := []func(*config.LoadOptions) error{config.WithLogger(sdkLog(log))}
 	if o.Region != "" {
 		load = append(load, config.WithRegion(o.Region))
@@ -121,7 +128,7 @@ func Open(ctx context.Context, o Options, log *slog.Logger) (*Provider, error) {
 	if p.cfg.Region == "" {
 		known, err := p.self(ctx)
 		if err != nil || known.region == "" {
-			return nil, backup.Hint(fmt.Errorf("open EC2: no region: %w", errors.Join(err, ctx.Err(), errNoRegion)), "name it in the configuration ([ec2] region) or as AWS_REGION")
+			return nil, backup.Hint(fmt.Errorf("open EC2: no region: %w", errors.Join(err, ctx.Err(), errNoRegion)), "name it in the configuration ([provider.ec2] region) or as AWS_REGION")
 		}
 		p.cfg.Region = known.region
 	}
@@ -212,7 +219,7 @@ func (p *Provider) self(ctx context.Context) (self, error) {
 			return self{}, ctx.Err()
 		}
 		return self{}, backup.Hint(fmt.Errorf("ask the instance metadata which instance this is: %w", err),
-			"on an EC2 instance: allow IMDSv2 (in a container with a hop limit of 2); elsewhere name an instance in the configuration ([ec2] instance)")
+			"on an EC2 instance: allow IMDSv2 (in a container with a hop limit of 2); elsewhere name an instance in the configuration ([provider.ec2] instance)")
 	}
 	known := self{instance: doc.InstanceID, region: doc.Region, zone: doc.AvailabilityZone}
 	if p.identity.known.instance != "" { // configured; the metadata is of the machine, for its region only

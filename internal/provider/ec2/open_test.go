@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"net/http/httptest"
 	"os"
 	"strings"
@@ -56,13 +55,7 @@ func onInstance(t *testing.T, c *cloud, instance string) {
 	for _, name := range []string{"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"} {
 		t.Setenv(name, "")
 	}
-	// The SDK keeps nothing of an endpoint's path.
-	h := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		r.URL.Path = "/imds/" + instance + r.URL.Path
-		c.ServeHTTP(w, r)
-	}))
-	t.Cleanup(h.Close)
-	t.Setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", h.URL)
+	t.Setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", ec2sim.MetadataEndpoint(c.url, instance))
 }
 
 // TestCredentialsThatExpireAreSeenBeforeAndInTheWindow has a role whose

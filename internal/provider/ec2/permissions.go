@@ -223,7 +223,7 @@ func (p *Provider) Examine(ctx context.Context, ids []backup.VolumeID) (provider
 	}
 	x.Notes = append(x.Notes, fmt.Sprintf("instance %s (%s): %s", me.instance, inst.InstanceType, naming))
 	x.Notes = append(x.Notes, fmt.Sprintf("%d volumes are attached to it; many types take 28, network interfaces and NVMe disks included, and a copy needs as many as the cluster has", len(inst.BlockDeviceMappings)))
-	rate := "blocks of a new volume are loaded when they are first read: [ec2] initialization_rate (100 to 300 MiB/s, for a fee per GiB) loads them all"
+	rate := "blocks of a new volume are loaded when they are first read: initialization_rate in [provider.ec2] (100 to 300 MiB/s, for a fee per GiB) loads them all"
 	if p.o.InitializationRate > 0 {
 		rate = fmt.Sprintf("new volumes are loaded at %d MiB/s, for a fee per GiB", p.o.InitializationRate)
 	}

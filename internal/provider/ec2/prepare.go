@@ -31,7 +31,7 @@ const (
 
 // Prepare describes the volumes anew and asks everything that EC2 would refuse
 // while production stands still: attachment, snapshots pending or taken just
-// now (it waits up to 15 s for the rate per volume), permissions by DryRun, the
+// now (it waits up to Options.SnapshotGap for the rate per volume), permissions by DryRun, the
 // life of the credentials. The dry runs also open the connections that Take
 // uses. It makes nothing. The contract is provider.Provider's; a missing
 // permission is an error of its own, never ErrUnsupported.
@@ -215,7 +215,7 @@ func (p *Provider) checkSnapshots(ctx context.Context, volumes []types.Volume) e
 		return err
 	}
 	if wait = min(wait, p.o.pace.rate); wait > 0 {
-		p.log.InfoContext(ctx, "waiting: EC2 allows one snapshot of a volume in 15 s", slog.Duration("wait", wait))
+		p.log.InfoContext(ctx, "waiting, as EC2 allows one snapshot of a volume in 15 s", slog.Duration(keyWait, wait))
 		return pause(ctx, wait)
 	}
 	return nil
