@@ -2,7 +2,6 @@ package main_test
 
 import (
 	"log/slog"
-	"net/http"
 	"net/http/httptest"
 	"path/filepath"
 	"testing"
@@ -32,16 +31,12 @@ func newCloudProduction(t testing.TB) (*production, *ec2sim.Server) {
 			t.Error(err)
 		}
 	})
-	serve := func(h http.Handler) string {
-		server := httptest.NewServer(h)
-		t.Cleanup(server.Close)
-		return server.URL
-	}
-	api, metadata := serve(sim), serve(sim.Metadata(instance))
-	l.base = []string{"CLEANCUT_PROVIDER=ec2", "CLEANCUT_EC2_DEVICES=" + filepath.Join(devices, instance), "AWS_ENDPOINT_URL_EC2=" + api,
-		"AWS_EC2_METADATA_SERVICE_ENDPOINT=" + metadata, "AWS_REGION=eu-central-1",
+	server := httptest.NewServer(sim)
+	t.Cleanup(server.Close)
+	l.base = []string{"CLEANCUT_PROVIDER=ec2", "CLEANCUT_EC2_DEVICES=" + filepath.Join(devices, instance), "AWS_ENDPOINT_URL_EC2=" + server.URL,
+		"AWS_EC2_METADATA_SERVICE_ENDPOINT=" + ec2sim.MetadataEndpoint(server.URL, instance), "AWS_REGION=eu-central-1",
 		"AWS_ACCESS_KEY_ID=" + ec2sim.AccessKey, "AWS_SECRET_ACCESS_KEY=" + ec2sim.SecretKey}
-	l.cloud = openCloud(t, api, devices)
+	l.cloud = openCloud(t, server.URL, devices)
 	return l.cluster(t, pgtest.Options{}), sim
 }
 

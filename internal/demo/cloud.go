@@ -78,7 +78,7 @@ func (s *story) newCloud(ctx context.Context) (_ *cloud, err error) {
 }
 
 func (c *cloud) handlers() map[string]http.Handler {
-	return map[string]http.Handler{"ec2": c.sim, "s3": c.s3, instanceA: c.sim.Metadata(instanceA), instanceB: c.sim.Metadata(instanceB)}
+	return map[string]http.Handler{"ec2": c.sim, "s3": c.s3}
 }
 
 // serve answers on l until the story is undone.
@@ -115,7 +115,7 @@ func (s *story) setEnvironment(env []string) {
 // the test server gives them.
 func (c *cloud) environmentOf(instance string) []string {
 	return []string{
-		"AWS_EC2_METADATA_SERVICE_ENDPOINT=http://" + c.addr[instance],
+		"AWS_EC2_METADATA_SERVICE_ENDPOINT=" + ec2sim.MetadataEndpoint("http://"+c.addr["ec2"], instance),
 		"AWS_ENDPOINT_URL_EC2=http://" + c.addr["ec2"],
 		"AWS_ENDPOINT_URL_S3=http://" + c.addr["s3"],
 		"AWS_CONFIG_FILE=/dev/null", "AWS_SHARED_CREDENTIALS_FILE=/dev/null", "AWS_PROFILE=", "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=",

@@ -1,11 +1,13 @@
 package demo_test
 
 import (
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"cleancut/internal/backup"
 	"cleancut/internal/demo"
@@ -22,7 +24,36 @@ func TestTheStoryHoldsStepByStep(t *testing.T) {
 	if !labtest.Here(t, labtest.MD) {
 		return
 	}
+	holds(t, options(t))
+}
+
+func TestTheStoryHoldsThroughEC2WithAGroup(t *testing.T) {
+	if !labtest.Here(t, labtest.MD) {
+		return
+	}
 	o := options(t)
+	o.Provider, o.Mode, o.Rows, o.Latency = "ec2", backup.ModeAuto, 3000, 10*time.Millisecond // auto prefers the group
+	res := holds(t, o)
+	if res.Provider != "ec2" || res.Mode != "group" || res.Calls["CreateSnapshots"] != 1 || res.Calls["CreateSnapshot"] != 0 {
+		t.Errorf("provider %s, mode %s, calls %v: want one CreateSnapshots", res.Provider, res.Mode, res.Calls)
+	}
+}
+
+func TestTheStoryHoldsThroughEC2WithAFreeze(t *testing.T) {
+	if !labtest.Here(t, labtest.MD) {
+		return
+	}
+	o := options(t)
+	o.Provider, o.Mode, o.Rows, o.Skew = "ec2", backup.ModeFreeze, 3000, time.Second
+	res := holds(t, o)
+	if res.Provider != "ec2" || res.Mode != "freeze" || res.Calls["CreateSnapshots"] != 0 || res.Calls["CreateSnapshot"] != 4 {
+		t.Errorf("provider %s, mode %s, calls %v: want four CreateSnapshot", res.Provider, res.Mode, res.Calls)
+	}
+}
+
+// holds tells the story and fails the test unless every step of it holds.
+func holds(t *testing.T, o demo.Options) demo.Result {
+	t.Helper()
 	res, err := demo.Run(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
@@ -50,6 +81,18 @@ func TestTheStoryHoldsStepByStep(t *testing.T) {
 	page, err := os.ReadFile(o.Report)
 	if err != nil || !strings.Contains(string(page), "beater B") {
 		t.Errorf("report of %d bytes: %v", len(page), err)
+	}
+	return res
+}
+
+func TestWhatNoGroundCanGiveIsRefusedBeforeAnythingIsMade(t *testing.T) {
+	for _, o := range []demo.Options{
+		{Provider: "tape", Mode: backup.ModeAuto}, {Provider: "ec2", Mode: backup.ModeNone}, {Provider: "local", Mode: backup.ModeGroup},
+		{Provider: "local", Mode: backup.ModeFreeze, Skew: time.Second}, {Provider: "ec2", Mode: backup.ModeGroup, Latency: -time.Second},
+	} {
+		if _, err := demo.Run(t.Context(), o); !errors.Is(err, backup.ErrUsage) {
+			t.Errorf("provider %s, mode %s, skew %v, latency %v: got %v, want a usage error", o.Provider, o.Mode, o.Skew, o.Latency, err)
+		}
 	}
 }
 

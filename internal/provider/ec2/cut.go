@@ -201,7 +201,11 @@ func (c *cut) takeGroup(ctx context.Context) (taken provider.Taken, err error) {
 	if err := fault.Point(ctx, "ec2.CreateSnapshots.done"); err != nil {
 		return taken, err
 	}
-	return taken, c.addMemberTags(ctx, taken)
+	err = c.addMemberTags(ctx, taken)
+	if errors.Is(err, backup.ErrUnsupported) { // which would ask for another cut
+		err = void("%v", err)
+	}
+	return taken, err
 }
 
 // compare demands exactly the members, begun at one time: StartTime "is the

@@ -348,6 +348,14 @@ func (p *Provider) allSeen(match backup.Tags, volumes []types.Volume, snapshots 
 
 func (p *Provider) inventory(ctx context.Context, match backup.Tags, volumes []types.Volume, snapshots []types.Snapshot) (inv provider.Inventory, err error) {
 	matches := func(tags backup.Tags) bool { return ours(tags) && (len(match) == 0 || tags.Match(match)) }
+	attached := func(v types.Volume) bool { return len(attachments(v)) > 0 }
+	var me self
+	if slices.ContainsFunc(volumes, attached) {
+		// Outside of EC2 nothing is attached here; asking costs seconds there.
+		if me, err = p.self(ctx); err != nil && ctx.Err() != nil {
+			return provider.Inventory{}, ctx.Err()
+		}
+	}
 	for _, v := range volumes {
 		tags := tagsOf(v.Tags)
 		if !matches(tags) {
@@ -355,7 +363,7 @@ func (p *Provider) inventory(ctx context.Context, match backup.Tags, volumes []t
 		}
 		out := provider.Volume{ID: backup.VolumeID(aws.ToString(v.VolumeId)), Size: volumeOf(v).Size, From: backup.SnapshotID(aws.ToString(v.SnapshotId)),
 			Created: aws.ToTime(v.CreateTime), Tags: tags}
-		if out.Attached, err = p.attachedTo(ctx, v); err != nil {
+		if out.Attached, err = p.attachedTo(v, me.instance); err != nil {
 			return provider.Inventory{}, err
 		}
 		inv.Volumes = append(inv.Volumes, out)
@@ -368,23 +376,16 @@ func (p *Provider) inventory(ctx context.Context, match backup.Tags, volumes []t
 	return inv, nil
 }
 
-// attachedTo names the device on this host, or another instance; "" if the
-// volume is attached nowhere.
-func (p *Provider) attachedTo(ctx context.Context, v types.Volume) (string, error) {
+// attachedTo names the device on this host, or the instance where there is
+// none; "" if the volume is attached nowhere.
+func (p *Provider) attachedTo(v types.Volume, me string) (string, error) {
 	at := attachments(v)
 	if len(at) == 0 {
 		return "", nil
 	}
-	me, err := p.self(ctx)
-	if ctx.Err() != nil {
-		return "", ctx.Err()
-	}
-	for _, a := range at {
-		if err != nil || aws.ToString(a.InstanceId) != me.instance {
-			continue
-		}
-		if device, err := p.node(v, a); err == nil && device != "" {
-			return device, nil
+	if a := here(v, me); a != nil {
+		if device, err := p.node(v, *a); err != nil || device != "" {
+			return device, err
 		}
 	}
 	return aws.ToString(at[0].InstanceId), nil

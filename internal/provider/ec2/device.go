@@ -66,7 +66,7 @@ func sysfs(rdev uint64) string {
 // serial returns the volume that a device's NVMe serial number names, or "".
 func (p *Provider) serial(name string) (backup.VolumeID, error) {
 	text, err := os.ReadFile(filepath.Join(p.o.Devices, "sys/block", name, "device/serial"))
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENODEV) { // ENODEV: going away
 		return "", nil
 	}
 	if err != nil {

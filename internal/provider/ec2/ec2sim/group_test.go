@@ -208,7 +208,7 @@ func TestAGroupIsOneInstantAndParallelSnapshotsAreNot(t *testing.T) {
 	}
 	w.end(t)
 	held := w.longest
-	w = stamp(t, devices)
+	stamp(t, devices) // until the end of the test
 	s.Inject(ec2sim.Fault{Action: "CreateSnapshot", Kind: ec2sim.Skew, Delay: 100 * time.Millisecond})
 	skewed := 0
 	for range 3 {

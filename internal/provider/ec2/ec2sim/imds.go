@@ -116,14 +116,3 @@ func asJSON(v any) string {
 	}
 	return string(b)
 }
-
-// Metadata is the instance metadata service of one instance, to be served at
-// the root of an address of its own: the SDK drops the path of the endpoint
-// that it is given (aws-sdk-go-v2/feature/ec2/imds v1.20.7, serializeRequest).
-func (s *Server) Metadata(instance string) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		r = r.Clone(r.Context())
-		r.URL.Path = "/imds/" + instance + r.URL.Path
-		s.ServeHTTP(w, r)
-	})
-}
