@@ -47,7 +47,7 @@ func cloud(t *testing.T, o ec2sim.Options) (sim *ec2sim.Server, a, b *ec2.Provid
 	t.Setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
 	open := func(instance string) *ec2.Provider {
 		t.Setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", ec2sim.MetadataEndpoint(server.URL, instance))
-		p, err := ec2.Open(t.Context(), ec2.Options{Devices: filepath.Join(o.Devices, instance)}, slog.New(slog.DiscardHandler))
+		p, err := ec2.Open(t.Context(), ec2.Options{Devices: filepath.Join(o.Devices, instance), SnapshotGap: o.RateWindow}, slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatal(err)
 		}
