@@ -23,6 +23,17 @@ const (
 	logLimit            = 64 << 10 // bytes read of it
 )
 
+// ErrNotUp is what Start's error wraps where the server itself failed on its
+// data: it ended, or runs and lets nobody in. Any other error of Start is of
+// this host or of the caller.
+var ErrNotUp = errors.New("the server did not come up")
+
+// notUp marks an error with ErrNotUp and leaves its text alone.
+type notUp struct{ error }
+
+func (e notUp) Unwrap() error        { return e.error }
+func (e notUp) Is(target error) bool { return target == ErrNotUp }
+
 // await returns once the server answers out of recovery. Until postmaster.pid
 // says that it takes connections none is tried: each would fork a process and
 // leave a line in the log.
@@ -65,7 +76,7 @@ func (i *Instance) ask(ctx context.Context) (done bool, err error) {
 	}
 	switch {
 	case errors.As(err, &pg) && pg.Code != sqlCannotConnectNow:
-		return false, withHint(fmt.Errorf("the server runs but lets nobody in: %w", err), pg.Message)
+		return false, withHint(notUp{fmt.Errorf("the server runs but lets nobody in: %w", err)}, pg.Message)
 	case err != nil:
 		return false, ctx.Err()
 	}
@@ -110,8 +121,12 @@ func (i *Instance) deathError(end error, offset int64) error {
 	if end != nil {
 		how = end.Error()
 	}
-	return withHint(fmt.Errorf("postgres ended (%s) before it could be asked; its log %s ends:\n%s",
-		how, filepath.Join(i.SocketDir, "postgres.log"), strings.Join(lines, "\n")), log)
+	err := fmt.Errorf("postgres ended (%s) before it could be asked; its log %s ends:\n%s",
+		how, filepath.Join(i.SocketDir, "postgres.log"), strings.Join(lines, "\n"))
+	if !noSpace.MatchString(log) { // a full filesystem says nothing about the image
+		err = notUp{err}
+	}
+	return withHint(err, log)
 }
 
 // readLog returns what the log holds from offset on, its end if that is much.
@@ -125,7 +140,7 @@ func (i *Instance) readLog(offset int64) string {
 }
 
 // hints are the well-known reasons why a copy does not start. Only the hint
-// depends on the text, never a decision; lc_messages is C.
+// depends on the text, and of decisions only the one of noSpace; lc_messages is C.
 func hints() []struct {
 	pattern *regexp.Regexp
 	hint    string // $1 is the pattern's group
@@ -159,6 +174,9 @@ func withHint(err error, text string) error {
 	}
 	return err
 }
+
+// noSpace is ENOSPC and EDQUOT as strerror(3) has them in the C locale.
+var noSpace = regexp.MustCompile(`No space left on device|Disk quota exceeded`)
 
 var redoDone = regexp.MustCompile(`redo done at .* elapsed: ([0-9.]+) s`)
 

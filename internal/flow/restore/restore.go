@@ -103,7 +103,7 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 
 // blame wraps ErrNoStart around err where the image is at fault: its control
 // file cannot be read, or the server went as far as to begin recovery and then
-// ended. It writes postmaster.opts, which Prepare removed, when all that
+// ended or let nobody in. It writes postmaster.opts, which Prepare removed, when all that
 // concerns the host (libraries, memory, sockets) is behind it (postmaster.c,
 // CreateOptsFile before StartupDataBase).
 func blame(ctx context.Context, data string, err error) error {
@@ -112,7 +112,7 @@ func blame(ctx context.Context, data string, err error) error {
 	}
 	_, control := postgres.ReadControl(filepath.Join(data, "global", "pg_control"))
 	_, began := os.Stat(filepath.Join(data, "postmaster.opts"))
-	if control != nil || began == nil {
+	if control != nil || began == nil && errors.Is(err, postgres.ErrNotUp) {
 		return fmt.Errorf("%w: %w", ErrNoStart, err)
 	}
 	return err
