@@ -1,12 +1,16 @@
 package main_test
 
 import (
+	"bytes"
+	"errors"
 	"log/slog"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
+	"cleancut/internal/backup"
 	"cleancut/internal/lab/labtest"
 	"cleancut/internal/postgres/pgtest"
 	"cleancut/internal/provider/ec2"
@@ -72,6 +76,44 @@ func TestEveryFlowThroughEC2KilledAfterAnyCallIsSwept(t *testing.T) {
 			p.must(t, "restore", "--undo", root)
 		}, args: func(*testing.T) []string { return []string{"restore", string(keeper), "--to", root} }})
 	})
+	var id backup.ID
+	t.Run("delete", func(t *testing.T) {
+		p.underFaults(t, flowUnderFault{killsOnce: true, within: "ec2.", removes: func(*testing.T, outcome) {}, args: func(t *testing.T) []string {
+			id = p.backup(t)
+			return []string{"delete", string(id)}
+		}})
+	})
+	t.Run("a lost catalog", func(t *testing.T) {
+		manifest := filepath.Join(p.catalog, "clusters", "main", "backups", string(keeper), "manifest.json")
+		had, err := os.ReadFile(manifest)
+		if err := errors.Join(err, os.RemoveAll(p.catalog)); err != nil {
+			t.Fatal(err)
+		}
+		p.must(t, "catalog", "rebuild")
+		if got, err := os.ReadFile(manifest); err != nil || !bytes.Equal(got, had) {
+			t.Errorf("rebuilt from EC2's tags it reads\n%s\nand was\n%s (%v)", got, had, err)
+		}
+	})
 	p.must(t, "verify", "--level", "start", string(keeper))
+	p.clean(t)
+}
+
+// Only the guest has a device mapper, and so a group.
+func TestAGroupCutKilledAfterAnyCallIsSwept(t *testing.T) {
+	if !labtest.Here(t, labtest.MD) {
+		return
+	}
+	p, sim := newCloudProduction(t)
+	p.underFaults(t, flowUnderFault{killsOnce: true, within: "ec2.", removes: func(t *testing.T, o outcome) {
+		t.Helper()
+		m := p.manifestOf(t, o)
+		if m.Cut.How != backup.ModeGroup || m.Cut.Achieved != backup.Atomic {
+			t.Errorf("a cut by %s, %s: want an atomic group", m.Cut.How, m.Cut.Achieved)
+		}
+		p.must(t, "delete", string(m.ID))
+	}, args: func(*testing.T) []string { return []string{"backup", "--json"} }})
+	if calls := sim.Calls(); calls["CreateSnapshot"] != 0 || calls["CreateSnapshots"] < 3 {
+		t.Errorf("calls %v: want CreateSnapshots only", calls)
+	}
 	p.clean(t)
 }
