@@ -3,8 +3,11 @@ package main
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -84,6 +87,13 @@ func (a *app) demoText(res demo.Result) {
 		}
 	}
 	a.line("\n%d steps held in %.0f s (%s, provider %s, mode %s)", done, res.Seconds, res.Where, res.Provider, res.Mode)
+	if len(res.Calls) > 0 {
+		var calls []string
+		for _, action := range slices.Sorted(maps.Keys(res.Calls)) {
+			calls = append(calls, fmt.Sprintf("%s %d", action, res.Calls[action]))
+		}
+		a.line("calls to EC2: %s", strings.Join(calls, ", "))
+	}
 	for _, s := range res.Said() {
 		a.line("%s", s)
 	}
