@@ -254,11 +254,30 @@ func runSeed(seed int64, ground Cell, n int) uint64 {
 
 func (b batch) random() *rand.Rand { return rand.New(rand.NewPCG(b.seed, uint64(b.n))) }
 
-// pauses are the times before each cut, which move it against the load's own
+// pause is the time before a cut, which moves it against the load's own
 // beat (a checkpoint every four seconds).
 func (b batch) pause(c Cell) time.Duration {
 	h := fnv.New64a()
 	fmt.Fprint(h, c.Conditions())
 	r := rand.New(rand.NewPCG(b.seed, h.Sum64()))
 	return 500*time.Millisecond + time.Duration(r.Int64N(int64(4*time.Second)))
+}
+
+// Cut is one cut that is to be made, and what the seed says about it.
+type Cut struct {
+	Cell  Cell
+	N     int
+	Seed  uint64 // of the production run
+	Pause time.Duration
+}
+
+// Schedule lists the cuts that are still to be made, in their order.
+func Schedule(cells []Cell, seed int64, trials int, done func(c Cell, n int) bool) []Cut {
+	var out []Cut
+	for _, b := range plan(cells, seed, trials, done) {
+		for _, c := range b.cells {
+			out = append(out, Cut{c, b.n, b.seed, b.pause(c)})
+		}
+	}
+	return out
 }

@@ -23,8 +23,10 @@ const confidence = 0.95
 //
 // With k = 0 no lower limit is in doubt, so all five per cent lie above and the
 // upper limit is the rule of three, 3/n (at most 1): a little more than the
-// exact 1 − 0.05^(1/n). The same from the other side for k = n. Without trials
-// nothing is known: 0 to 1.
+// exact 1 − 0.05^(1/n). The same from the other side for k = n. Choosing one
+// side after having seen the count has a price: for true shares near 3/n the
+// two rules together are only sure to cover 92.5 %. Without trials nothing is
+// known: 0 to 1.
 func Share95(k, n int) Interval {
 	switch {
 	case n <= 0 || k < 0 || k > n:
