@@ -155,7 +155,6 @@ func jsonBeside(report string) string {
 	return strings.TrimSuffix(report, ".html") + ".json"
 }
 
-// writeReport is done in report.go for people, and here for programs.
 func writeFile(name string, write func(f *os.File) error) error {
 	f, err := os.Create(name)
 	if err != nil {
