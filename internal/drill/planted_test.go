@@ -238,9 +238,6 @@ func TestEachClassOfDamageIsFoundWhereItIsPlanted(t *testing.T) {
 			return func(file string) { overwrite(t, file, 0, make([]byte, 64<<10)) }
 		}, drill.NoMount, "no filesystem can be recognized"},
 		{"the log of XFS is overwritten", "wal", func(t *testing.T) func(string) { return s.breakLog(t) }, drill.NoMount, "mount"},
-		{"the root inode of XFS is overwritten", "data", func(t *testing.T) func(string) {
-			return func(file string) { xfsDB(t, file, "sb 0", "addr rootino", "write core.magic 0") }
-		}, drill.NoMount, "mount"},
 		{"an inode counts blocks that it does not have", "data", func(t *testing.T) func(string) {
 			return inodeBlocks(t, "pg/PG_VERSION")
 		}, drill.FSDamage, "xfs check of the filesystem"},

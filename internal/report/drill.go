@@ -145,8 +145,9 @@ func (d *Drill) stalls(v *drillView) {
 			s.Dots = append(s.Dots, x(decade(t)))
 		}
 		if n := len(sorted); n > 0 {
-			s.Median = x(decade(sorted[n/2]))
-			s.Words = fmt.Sprintf("%d trials: median %s, longest %s", n, seconds(sorted[n/2].Seconds()), seconds(sorted[n-1].Seconds()))
+			median := (sorted[(n-1)/2] + sorted[n/2]) / 2
+			s.Median = x(decade(median))
+			s.Words = fmt.Sprintf("%d trials: median %s, longest %s", n, seconds(median.Seconds()), seconds(sorted[n-1].Seconds()))
 		}
 		v.Stalls = append(v.Stalls, s)
 	}
