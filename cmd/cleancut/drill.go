@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -40,7 +41,8 @@ cut), not how the machine schedules them.
 Runs natively as root where the kernel has what the layout needs (separate:
 loop devices; raid0: md arrays), else in a user-mode Linux guest. A cell of
 the grid that cannot be done is named, and nothing is begun. Only mode none
-makes torn sets; no other command restores them.`,
+makes torn sets; no other command restores them. The exit code is 4 if any cut
+that was held is damaged.`,
 		Example: "  cleancut drill --mode freeze,none --skew 0,5s --load heavy --trials 3",
 		RunE: func(c *cobra.Command, _ []string) (err error) {
 			if o.Grid, err = lists.grid(); err != nil {
@@ -72,7 +74,7 @@ makes torn sets; no other command restores them.`,
 			if perr := a.print(res, func() { a.drillText(res) }); perr != nil {
 				return perr
 			}
-			return err
+			return errors.Join(err, res.Alarm())
 		},
 	}
 	f := c.Flags()

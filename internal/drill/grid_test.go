@@ -2,6 +2,7 @@ package drill_test
 
 import (
 	"encoding/json"
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -127,6 +128,13 @@ func TestTrialsAreCountedByCellAndOnce(t *testing.T) {
 	}
 	if c := got[1]; c.Trials != 3 || c.Sound != 1 || c.Silent != 1 || c.Lost != 1 || c.Unjudged != 1 || c.Damaged != 2 {
 		t.Errorf("got %+v, want 3 trials, 2 damaged, 1 not judged", c)
+	}
+	if err := (drill.Summary{Cells: got}).Alarm(); err != nil {
+		t.Errorf("%v, though no cut that was held is damaged", err)
+	}
+	got[0].Damaged = 1
+	if err := (drill.Summary{Cells: got}).Alarm(); !errors.Is(err, backup.ErrDamage) || !strings.Contains(err.Error(), "freeze, 5s apart") {
+		t.Errorf("got %v, want the frozen cell as damage", err)
 	}
 	b, err := json.Marshal(got[1])
 	if err != nil {

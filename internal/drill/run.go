@@ -32,7 +32,7 @@ func Run(ctx context.Context, o Options) (Summary, error) {
 	if err != nil {
 		return Summary{}, err
 	}
-	defer st.close() //nolint:errcheck // a lock
+	defer func() { _ = st.close() }() // a lock and nothing else
 	err = o.repeat(ctx, st, plan(cells, o.Seed, o.Trials, st.done(o.Seed)))
 	s := o.summary(st)
 	s.Interrupted = ctx.Err() != nil

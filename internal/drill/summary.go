@@ -2,6 +2,8 @@ package drill
 
 import (
 	"cmp"
+	"errors"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -17,6 +19,18 @@ type Summary struct {
 	Interrupted bool          `json:"interrupted,omitempty"`
 	Report      string        `json:"report"`
 	JSON        string        `json:"data"`
+}
+
+// Alarm is the one outcome that must not be: a cut that was held is damaged. The
+// error wraps backup.ErrDamage.
+func (s Summary) Alarm() error {
+	var errs []error
+	for _, c := range s.Cells {
+		if c.Protected() && c.Damaged > 0 {
+			errs = append(errs, fmt.Errorf("%s: %d of %d cuts that were held: %w", c.Conditions(), c.Damaged, c.Trials, backup.ErrDamage))
+		}
+	}
+	return backup.Hint(errors.Join(errs...), "look at the trials in the data beside the report; `--keep damaged` keeps their images; please report it")
 }
 
 // CellSummary counts the trials of one cell.
