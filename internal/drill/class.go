@@ -58,7 +58,7 @@ func Judge(v backup.Verdict, found *load.Finding) (class Class, reason string) {
 		return NoMount, c.Detail
 	}
 	if c := named(backup.CheckRecovered); c != nil {
-		return NoStart, c.Detail
+		return NoStart, serverSaid(c.Detail)
 	}
 	if c := failed(backup.Check.OfFilesystem); c != nil {
 		return FSDamage, said(*c)
@@ -85,6 +85,18 @@ func Judge(v backup.Verdict, found *load.Finding) (class Class, reason string) {
 		return "", missing
 	}
 	return Sound, ""
+}
+
+// serverSaid is the server's own reason out of the end of its log, else all
+// that is known.
+func serverSaid(detail string) string {
+	for _, level := range []string{"PANIC:  ", "FATAL:  "} {
+		if _, rest, ok := strings.Cut(detail, level); ok {
+			reason, _, _ := strings.Cut(rest, "\n")
+			return strings.TrimSpace(level) + " " + reason
+		}
+	}
+	return detail
 }
 
 // notRun names what did not run, though nothing failed.

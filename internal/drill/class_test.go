@@ -39,6 +39,7 @@ func TestWhatARestoreMeetsFirstNamesTheClass(t *testing.T) {
 		{"all passed", good, &load.Finding{}, drill.Sound, ""},
 		{"not mounted is all there is to say", []backup.Check{check(backup.CheckMounted, backup.Failed)}, nil, drill.NoMount, "detail of mounted"},
 		{"not recovered is all there is to say", []backup.Check{check(backup.CheckRecovered, backup.Failed)}, nil, drill.NoStart, "detail of recovered"},
+		{"the server's own reason", []backup.Check{{Name: backup.CheckRecovered, Result: backup.Failed, Detail: "its log ends:\n  x LOG:  a\n  x PANIC:  no checkpoint\n  x LOG:  b"}}, nil, drill.NoStart, "PANIC: no checkpoint"},
 		{"a filesystem that cannot be read on the way to the start", []backup.Check{check(backup.CheckReadable, backup.Failed)}, nil, drill.FSDamage, "detail"},
 		{"a damaged filesystem before lost rows", failing(amcheck, disk), &lost, drill.FSDamage, "xfs check of the filesystem: detail"},
 		{"lost rows before phantoms and failed checks", failing(amcheck, backup.CheckOwner), &lost, drill.Lost, "1 of 10 words"},
