@@ -1,6 +1,9 @@
 package backup
 
-import "time"
+import (
+	"strings"
+	"time"
+)
 
 // Level is how deep a verification goes.
 type Level string
@@ -21,6 +24,34 @@ const (
 	Failed      CheckResult = "failed"
 	CouldNotRun CheckResult = "could not run"
 )
+
+// Names of checks by which somebody decides what kind of damage it is. A
+// filesystem's check is named for its device, see FilesystemCheck.
+const (
+	CheckMounted   = "mounted"             // only recorded where it fails
+	CheckReadable  = "filesystem readable" // only recorded where it fails
+	CheckRecovered = "recovered"
+	CheckFlushed   = "flushed WAL reached"
+	CheckOwner     = "the owner's own look"
+
+	filesystemCheck = " check of "
+)
+
+// FilesystemCheck names the check of one filesystem.
+func FilesystemCheck(fstype, device string) string { return fstype + filesystemCheck + device }
+
+// Kind is the check's name without the device, the same for every image.
+func (c Check) Kind() string {
+	if fstype, _, ok := strings.Cut(c.Name, filesystemCheck); ok {
+		return fstype + filesystemCheck + "the filesystem"
+	}
+	return c.Name
+}
+
+// OfFilesystem tells a check of a filesystem from one of the server.
+func (c Check) OfFilesystem() bool {
+	return c.Name == CheckReadable || strings.Contains(c.Name, filesystemCheck)
+}
 
 // Check is one line of a verdict.
 type Check struct {

@@ -22,6 +22,7 @@ import (
 
 	"cleancut/internal/backup"
 	"cleancut/internal/host"
+	"cleancut/internal/lab"
 	"cleancut/internal/load"
 )
 
@@ -82,7 +83,7 @@ func loopbackUp() error {
 
 func (s *story) startOtherHost(ctx context.Context) error {
 	s.host.state = filepath.Join(s.work, "b")
-	args := append([]string{"demo-host", filepath.Join(s.work, "a"), s.server.socket}, s.ground.hide()...)
+	args := append([]string{"demo-host", filepath.Join(s.work, "a"), s.server.Socket}, s.ground.hide()...)
 	cmd := exec.CommandContext(context.WithoutCancel(ctx), s.Program, append(args, s.mnt)...)
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 	in, err := cmd.StdinPipe()
@@ -135,7 +136,7 @@ func (s *story) otherHostRestores(ctx context.Context, facts map[string]any) err
 		return err
 	}
 	// The other host sees no server to ask.
-	if err := s.cleancut(ctx, nil, "--data-directory", s.server.data, "topology"); err == nil {
+	if err := s.cleancut(ctx, nil, "--data-directory", s.server.Data, "topology"); err == nil {
 		return errStep("the other host can reach the original's server")
 	}
 	began := time.Now()
@@ -283,7 +284,7 @@ func (s *story) dump(ctx context.Context, facts map[string]any) error {
 		return err
 	}
 	defer a.Close(ctx)
-	b, err := empty.connect(ctx)
+	b, err := empty.Connect(ctx)
 	if err != nil {
 		return err
 	}
@@ -297,29 +298,29 @@ func (s *story) dump(ctx context.Context, facts map[string]any) error {
 	if len(fromCopy) == 0 || fmt.Sprint(fromCopy) != fmt.Sprint(fromDump) {
 		return errStep("row counts differ: copy %v, restored dump %v", fromCopy, fromDump)
 	}
-	return empty.stop(ctx)
+	return empty.Stop(ctx)
 }
 
 // emptyServer makes and starts a server with nothing in it, outside of the
 // volumes.
-func (s *story) emptyServer(ctx context.Context) (server, error) {
+func (s *story) emptyServer(ctx context.Context) (lab.Server, error) {
 	root := filepath.Join(s.pool, "empty")
 	if err := os.Mkdir(root, 0o755); err != nil {
-		return server{}, err
+		return lab.Server{}, err
 	}
 	s.later("empty server", func(ctx context.Context) error { return os.RemoveAll(root) })
-	srv, err := newServer(ctx, s.template(), filepath.Join(root, "data"), filepath.Join(root, "s"), []string{"fsync = off", "max_wal_size = 2GB", "shared_buffers = 128MB"})
+	srv, err := lab.NewServer(ctx, lab.ServerOptions{Template: s.template(), Data: filepath.Join(root, "data"), Socket: filepath.Join(root, "s"), Conf: []string{"fsync = off", "max_wal_size = 2GB", "shared_buffers = 128MB"}})
 	if err != nil {
 		return srv, err
 	}
-	s.later("empty server", srv.stop)
-	return srv, srv.start(ctx)
+	s.later("empty server", srv.Stop)
+	return srv, srv.Start(ctx)
 }
 
 // loadDump decompresses the archive into psql, which stops at the first error.
 // The role it connects as exists already in every cluster, so that one
 // statement of pg_dumpall is left out.
-func loadDump(ctx context.Context, srv server, file string) error {
+func loadDump(ctx context.Context, srv lab.Server, file string) error {
 	f, err := os.Open(file)
 	if err != nil {
 		return err
@@ -330,7 +331,7 @@ func loadDump(ctx context.Context, srv server, file string) error {
 		return err
 	}
 	defer z.Close()
-	cmd := srv.command(ctx, "psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null")
+	cmd := srv.Command(ctx, "psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null")
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		return err

@@ -16,6 +16,7 @@ import (
 	"cleancut/internal/catalog"
 	"cleancut/internal/flow"
 	"cleancut/internal/host"
+	"cleancut/internal/lab"
 	"cleancut/internal/load"
 	"cleancut/internal/postgres"
 	"cleancut/internal/state"
@@ -148,24 +149,24 @@ func (s *story) makeCluster(ctx context.Context, facts map[string]any) error {
 	if err := os.MkdirAll(inbox, 0o700); err != nil {
 		return err
 	}
-	uid, gid, err := postgresUser()
+	uid, gid, err := lab.PostgresUser()
 	if err != nil {
 		return err
 	}
 	if err := os.Chown(inbox, int(uid), int(gid)); err != nil {
 		return err
 	}
-	s.server, err = newServer(ctx, s.template(), filepath.Join(s.mnt, "data"), filepath.Join(s.work, "sock"), []string{
+	s.server, err = lab.NewServer(ctx, lab.ServerOptions{Template: s.template(), Data: filepath.Join(s.mnt, "data"), Socket: filepath.Join(s.work, "sock"), Conf: []string{
 		"archive_mode = on", "archive_command = 'cp %p " + inbox + "/%f'", "wal_level = replica", "shared_buffers = 128MB",
-		"max_wal_size = 512MB", "checkpoint_timeout = 5min"})
+		"max_wal_size = 512MB", "checkpoint_timeout = 5min"}})
 	if err != nil {
 		return err
 	}
-	s.later("production server", s.server.stop)
-	if err := s.server.start(ctx); err != nil {
+	s.later("production server", s.server.Stop)
+	if err := s.server.Start(ctx); err != nil {
 		return err
 	}
-	conn, err := s.server.connect(ctx)
+	conn, err := s.server.Connect(ctx)
 	if err != nil {
 		return err
 	}
@@ -181,7 +182,7 @@ func (s *story) makeCluster(ctx context.Context, facts map[string]any) error {
 
 // Step 4.
 func (s *story) loadDatabase(ctx context.Context, facts map[string]any) error {
-	conn, err := s.server.connect(ctx)
+	conn, err := s.server.Connect(ctx)
 	if err != nil {
 		return err
 	}
@@ -195,16 +196,16 @@ func (s *story) loadDatabase(ctx context.Context, facts map[string]any) error {
 
 // Step 5.
 func (s *story) rebootAll(ctx context.Context, facts map[string]any) error {
-	if err := s.server.stop(ctx); err != nil {
+	if err := s.server.Stop(ctx); err != nil {
 		return err
 	}
 	if err := s.reboot(ctx); err != nil {
 		return err
 	}
-	if err := s.server.start(ctx); err != nil {
+	if err := s.server.Start(ctx); err != nil {
 		return err
 	}
-	conn, err := s.server.connect(ctx)
+	conn, err := s.server.Connect(ctx)
 	if err != nil {
 		return err
 	}
@@ -220,7 +221,7 @@ func (s *story) rebootAll(ctx context.Context, facts map[string]any) error {
 	return nil
 }
 
-func (s *story) connect(ctx context.Context) (*pgx.Conn, error) { return s.server.connect(ctx) }
+func (s *story) connect(ctx context.Context) (*pgx.Conn, error) { return s.server.Connect(ctx) }
 
 // Step 6.
 func (s *story) startBulk(ctx context.Context, facts map[string]any) error {
@@ -261,7 +262,7 @@ func (s *story) startRest(ctx context.Context, facts map[string]any) error {
 }
 
 func (s *story) mark(ctx context.Context, n int, facts map[string]any) error {
-	conn, err := s.server.connect(ctx)
+	conn, err := s.server.Connect(ctx)
 	if err != nil {
 		return err
 	}
@@ -283,7 +284,7 @@ func (s *story) backupBegins(ctx context.Context, facts map[string]any) error {
 	if err != nil {
 		return err
 	}
-	o := flow.BackupOptions{Target: postgres.Target{DSN: s.server.dsn("postgres")}, Mode: s.Mode, Deadline: 60 * time.Second,
+	o := flow.BackupOptions{Target: postgres.Target{DSN: s.server.DSN("postgres")}, Mode: s.Mode, Deadline: 60 * time.Second,
 		Quick: 500 * time.Millisecond, Rounds: 100, KeepAway: s.ground.keepAway(),
 		BeforeFreeze: func(ctx context.Context) error {
 			close(s.cutReady)

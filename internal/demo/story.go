@@ -64,7 +64,7 @@ type story struct {
 	undo    []undo
 	storage flow.StorageResult
 	options flow.StorageOptions
-	server  server // production
+	server  lab.Server // production
 
 	facts load.Facts
 	load  *load.Load

@@ -151,7 +151,7 @@ func (f *Flow) Verify(ctx context.Context, o VerifyOptions) (v backup.Verdict, e
 	r, release, err := f.Restore(ctx, RestoreOptions{ID: id, Purpose: backup.ForVerify, AllowTorn: o.AllowTorn})
 	switch {
 	case errors.Is(err, restore.ErrNoStart) && !errors.Is(err, backup.ErrLeft) && ctx.Err() == nil:
-		v = backup.Verdict{Backup: id, Level: level, Time: start.UTC(), Checks: []backup.Check{{Name: "recovered", Result: backup.Failed, Detail: err.Error()}}}
+		v = backup.Verdict{Backup: id, Level: level, Time: start.UTC(), Checks: []backup.Check{{Name: restore.Blamed(err), Result: backup.Failed, Detail: err.Error()}}}
 	case err != nil:
 		return v, err
 	default:
@@ -166,7 +166,7 @@ func (f *Flow) Verify(ctx context.Context, o VerifyOptions) (v backup.Verdict, e
 			return v, err
 		}
 		if looked != nil {
-			v.Checks = append(v.Checks, backup.Check{Name: "the owner's own look", Result: backup.Failed, Detail: looked.Error()})
+			v.Checks = append(v.Checks, backup.Check{Name: backup.CheckOwner, Result: backup.Failed, Detail: looked.Error()})
 		}
 	}
 	v.Tool, v.Host, v.Seconds = f.Tool, f.Host, time.Since(start).Seconds()

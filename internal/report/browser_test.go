@@ -15,6 +15,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -47,6 +50,8 @@ frame.onload = () => setTimeout(() => {
     failed: [...d.querySelectorAll(".canvas")].filter((b) => !b.querySelector("canvas")).map((b) => b.textContent),
     lanes: [...d.querySelectorAll(".gantt .lane")].map((e) => e.textContent),
     bars: [...d.querySelectorAll(".gantt rect")].map((e) => e.getBoundingClientRect().width),
+    outcomes: [...d.querySelectorAll(".outcomes rect")].map((e) => e.getBoundingClientRect().width + "×" + getComputedStyle(e).fill),
+    dots: [...d.querySelectorAll(".stalls circle")].map((e) => e.getBoundingClientRect().left),
     steps: d.querySelectorAll(".steps tbody tr").length,
     scroll: d.documentElement.scrollWidth, width: d.documentElement.clientWidth,
     bold: d.querySelectorAll("b").length, title: d.title,
@@ -61,6 +66,8 @@ type finding struct {
 	}
 	Failed, Lanes, Fetched []string
 	Bars                   []float64
+	Outcomes               []string  // width and colour
+	Dots                   []float64 // from the left
 	Steps                  int
 	Scroll, Width, Bold    int
 	Title                  string
@@ -135,6 +142,37 @@ func TestInABrowserTheChartsAreThere(t *testing.T) {
 			}
 			if len(f.Fetched) != 0 {
 				t.Errorf("the page fetched %q", f.Fetched)
+			}
+		})
+	}
+}
+
+func TestInABrowserADrillsChartsAreThere(t *testing.T) {
+	for name, width := range map[string]int{"on a wide screen": 1200, "on a phone": 390} {
+		t.Run(name, func(t *testing.T) {
+			f := look(t, drill(), width)
+			if len(f.Plots) != 2 || len(f.Failed) != 0 || f.Plots[0].Series < width/2 {
+				t.Errorf("got plots %+v (failed: %q)", f.Plots, f.Failed)
+			}
+			colours := map[string]bool{}
+			whole := 0.0
+			for _, o := range f.Outcomes {
+				w, colour, _ := strings.Cut(o, "×")
+				n, err := strconv.ParseFloat(w, 64)
+				if err != nil || n < 10 {
+					t.Errorf("an outcome of width %q", o)
+				}
+				colours[colour] = true
+				whole = max(whole, n)
+			}
+			if len(f.Outcomes) != 8 || len(colours) != 7 || whole < float64(width)/3 {
+				t.Errorf("got outcomes %q, want 8 in 7 colours", f.Outcomes)
+			}
+			if len(f.Dots) != 20 || slices.Max(f.Dots)-slices.Min(f.Dots) < float64(width)/4 {
+				t.Errorf("got dots at %.0f, want 20 that stand apart", f.Dots)
+			}
+			if f.Scroll > f.Width || len(f.Fetched) != 0 || f.Steps != 0 {
+				t.Errorf("the page is %d wide in a window of %d, fetched %q, has %d steps", f.Scroll, f.Width, f.Fetched, f.Steps)
 			}
 		})
 	}

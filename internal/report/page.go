@@ -78,6 +78,7 @@ type Page struct {
 	Throughput      []Series
 	Marks           []Mark
 	Gantt           []Bar
+	Drill           *Drill // of an experiment; nil: the page tells of steps
 }
 
 // Write writes the page to w as one HTML document in UTF-8, in one call and

@@ -19,6 +19,7 @@ type view struct {
 	Plots   []plot
 	Marks   []markView
 	Charts  []chart
+	Drill   *drillView
 	Data    drawing
 }
 
@@ -39,7 +40,7 @@ type drawing struct {
 }
 
 func (p Page) view() *view {
-	v := &view{Page: p, Verdict: p.verdict(), Charts: charts(p.Gantt)}
+	v := &view{Page: p, Verdict: p.verdict(), Charts: charts(p.Gantt), Drill: p.Drill.view()}
 	v.Title = cmp.Or(p.Title, "cleancut")
 	for _, s := range p.Steps {
 		v.Steps = append(v.Steps, stepView{Step: s, Time: seconds(s.Seconds)})
@@ -68,6 +69,9 @@ func (p Page) view() *view {
 // verdict weighs what the run says about itself against its steps. A check
 // that did not run is not a check that passed.
 func (p Page) verdict() verdict {
+	if p.Drill != nil {
+		return p.Drill.verdict()
+	}
 	passed, first := 0, -1
 	for i, s := range p.Steps {
 		if s.OK {

@@ -35,7 +35,7 @@ type Options struct {
 	// FlushedLSN returns the end of a WAL record that is flushed now.
 	FlushedLSN func(ctx context.Context) (backup.LSN, error)
 	// BeforeFreeze runs when all is prepared and armed, before the first syncfs
-	// or, in a group, before the snapshots; it may be nil.
+	// or, where nothing is frozen, before the snapshots; it may be nil.
 	BeforeFreeze func(ctx context.Context) error
 
 	why error // auto chose the freeze
@@ -118,6 +118,11 @@ func take(ctx context.Context, prepared provider.Cut, o Options) (provider.Taken
 // takeBare cuts without any protection: the drill's way to show what that does.
 func takeBare(ctx context.Context, prepared provider.Cut, o Options) (provider.Taken, Result, error) {
 	res := Result{Cut: backup.Cut{Achieved: backup.Torn, How: backup.ModeNone}}
+	if o.BeforeFreeze != nil {
+		if err := o.BeforeFreeze(ctx); err != nil {
+			return provider.Taken{}, res, err
+		}
+	}
 	lsn, err := o.FlushedLSN(ctx)
 	if err != nil {
 		return provider.Taken{}, res, err

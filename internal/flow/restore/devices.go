@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"os/exec"
 	"slices"
 	"sort"
 	"strconv"
@@ -86,7 +87,7 @@ func assemble(ctx context.Context, m backup.Manifest, c *backup.Copy) error {
 		}
 		id, err := host.Identify(ctx, dev)
 		if err != nil {
-			return err
+			return blameIdentity(ctx, err)
 		}
 		if id.UUID != fs.UUID || id.Type != fs.Type {
 			return fmt.Errorf("%s holds %s %s, the backup says %s %s: %w", dev, id.Type, id.UUID, fs.Type, fs.UUID, backup.ErrNotOurs)
@@ -94,6 +95,17 @@ func assemble(ctx context.Context, m backup.Manifest, c *backup.Copy) error {
 		c.Filesystems = append(c.Filesystems, backup.CopyFilesystem{Type: fs.Type, Device: dev, Mountpoint: c.Path(fs.Mountpoint)})
 	}
 	return nil
+}
+
+// blameIdentity wraps errNoMount around err where blkid(8) could read the
+// device and found nothing that it knows (its exit status 2): the volume is the
+// right one, its snapshot carries the backup's tags.
+func blameIdentity(ctx context.Context, err error) error {
+	var exit *exec.ExitError
+	if ctx.Err() == nil && errors.As(err, &exit) && exit.ExitCode() == 2 {
+		return fmt.Errorf("%w: no filesystem can be recognized: %w", errNoMount, err)
+	}
+	return err
 }
 
 func build(ctx context.Context, d backup.Device, id backup.ID, devices map[backup.VolumeID]string) (string, error) {

@@ -19,6 +19,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"cleancut/internal/backup"
 	"cleancut/internal/postgres"
 	"cleancut/internal/provider"
@@ -27,6 +29,23 @@ import (
 // ErrNoStart: the volumes of the copy stand, and the image itself kept them
 // from being mounted or the server from recovering.
 var ErrNoStart = errors.New("the image does not come up")
+
+// What kept it from coming up lies below the server: each wraps ErrNoStart.
+var (
+	errNoMount    = fmt.Errorf("%w: it does not mount", ErrNoStart)
+	errUnreadable = fmt.Errorf("%w: its filesystem is damaged", ErrNoStart)
+)
+
+// Blamed names the check that an error of Run, which wraps ErrNoStart, failed.
+func Blamed(err error) string {
+	switch {
+	case errors.Is(err, errNoMount):
+		return backup.CheckMounted
+	case errors.Is(err, errUnreadable):
+		return backup.CheckReadable
+	}
+	return backup.CheckRecovered
+}
 
 // Provider is the part of provider.Provider that a restore needs.
 type Provider interface {
@@ -101,14 +120,19 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 	return instance, nil
 }
 
-// blame wraps ErrNoStart around err where the image is at fault: its control
-// file cannot be read, or the server went as far as to begin recovery and then
-// ended or let nobody in. It writes postmaster.opts, which Prepare removed, when all that
+// blame wraps ErrNoStart around err where the image is at fault: its filesystem
+// says that it is damaged, its control file cannot be read, or the server went
+// as far as to begin recovery and then ended or let nobody in. It writes
+// postmaster.opts, which Prepare removed, when all that
 // concerns the host (libraries, memory, sockets) is behind it (postmaster.c,
 // CreateOptsFile before StartupDataBase).
 func blame(ctx context.Context, data string, err error) error {
 	if ctx.Err() != nil {
 		return err
+	}
+	// EFSCORRUPTED and EFSBADCRC of Linux' filesystems (fs/xfs/xfs_linux.h).
+	if errors.Is(err, unix.EUCLEAN) || errors.Is(err, unix.EBADMSG) {
+		return fmt.Errorf("%w: %w", errUnreadable, err)
 	}
 	_, control := postgres.ReadControl(filepath.Join(data, "global", "pg_control"))
 	_, began := os.Stat(filepath.Join(data, "postmaster.opts"))
@@ -118,13 +142,13 @@ func blame(ctx context.Context, data string, err error) error {
 	return err
 }
 
-// blameMount wraps ErrNoStart around err where mount(8) itself answered that
+// blameMount wraps errNoMount around err where mount(8) itself answered that
 // the filesystem could not be mounted (its exit status 32): the devices were
 // proved to be the right ones before.
 func blameMount(ctx context.Context, err error) error {
 	var exit *exec.ExitError
 	if ctx.Err() == nil && errors.As(err, &exit) && exit.ExitCode() == 32 {
-		return fmt.Errorf("%w: %w", ErrNoStart, err)
+		return fmt.Errorf("%w: %w", errNoMount, err)
 	}
 	return err
 }

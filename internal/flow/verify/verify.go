@@ -44,8 +44,8 @@ func Run(ctx context.Context, o Options) (backup.Verdict, error) {
 	r := &runner{Options: o, v: backup.Verdict{Backup: o.Manifest.ID, Level: o.Level, Time: time.Now().UTC(),
 		EndLSN: o.Copy.EndOfRecovery, FirstSec: o.Copy.FirstQuery}}
 	start := time.Now()
-	r.check(ctx, "recovered", r.recovered)
-	r.check(ctx, "flushed WAL reached", r.reachedLSN)
+	r.check(ctx, backup.CheckRecovered, r.recovered)
+	r.check(ctx, backup.CheckFlushed, r.reachedLSN)
 	if o.Level == backup.LevelFull {
 		r.check(ctx, "indexes and heap (pg_amcheck)", r.amcheck)
 		r.check(ctx, "vacuum of every page", r.vacuum)
@@ -275,7 +275,7 @@ func (r *runner) filesystems(ctx context.Context) {
 		}
 	}
 	for _, fs := range r.Copy.Filesystems {
-		r.check(ctx, fs.Type+" check of "+fs.Device, func(ctx context.Context) (string, error) {
+		r.check(ctx, backup.FilesystemCheck(fs.Type, fs.Device), func(ctx context.Context) (string, error) {
 			if !unmounted {
 				return "", fmt.Errorf("%w: not everything could be unmounted", errNotRun)
 			}

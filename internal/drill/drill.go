@@ -1,0 +1,322 @@
+package drill
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/catalog"
+	"cleancut/internal/flow"
+	"cleancut/internal/host"
+	"cleancut/internal/lab"
+	"cleancut/internal/load"
+	"cleancut/internal/provider"
+	"cleancut/internal/provider/local"
+	"cleancut/internal/state"
+	"cleancut/internal/uml"
+)
+
+// What becomes of the image sets.
+const (
+	KeepNone    = "none"
+	KeepDamaged = "damaged"
+	KeepAll     = "all"
+)
+
+// Options says what to repeat and how often.
+type Options struct {
+	Program    string // path of the cleancut program
+	Version    string
+	Grid       Grid
+	Trials     int // of each cell
+	Seed       int64
+	Out        string       // folder of the results, absolute
+	Keep       string       // none, damaged or all
+	Report     string       // file for the report, absolute
+	Rows       int64        // of the play database
+	VolumeSize backup.Bytes // of each volume
+	Progress   io.Writer    // told of every cut and every judgement
+	Log        *slog.Logger
+}
+
+const (
+	productionHost = "production"
+	undoTime       = 5 * time.Minute
+	// judgeTime ends the judgement of an image on which a check never ends.
+	judgeTime = 15 * time.Minute
+)
+
+// site is what all production runs of a process share: a pool, a catalog, a
+// host that makes backups and one that judges them.
+type site struct {
+	Options
+	store    *store
+	work     string
+	pool     string
+	provider provider.Provider
+	a, b     *flow.Flow // production's host, and the one that judges
+}
+
+func (s *site) tell(format string, args ...any) {
+	fmt.Fprintf(s.Progress, "%s  %s\n", time.Now().UTC().Format("15:04:05"), fmt.Sprintf(format, args...))
+}
+
+// here runs batches in this process, which must be root. It returns with
+// nothing left but the lines in the output folder.
+func here(ctx context.Context, o Options, st *store, batches []batch) (err error) {
+	s := &site{Options: o, store: st}
+	if s.work, err = os.MkdirTemp("/tmp", "ccx-"); err != nil { // short: a socket's path has 107 bytes
+		return fmt.Errorf("drill: %w", err)
+	}
+	if err := os.Chmod(s.work, 0o755); err != nil {
+		return fmt.Errorf("drill: %w", err)
+	}
+	s.pool = filepath.Join(s.work, "pool")
+	undo, err := lab.Pool(ctx, s.pool, "xfs", poolSize(o))
+	if err != nil {
+		return errors.Join(err, os.RemoveAll(s.work))
+	}
+	defer func() {
+		err = errors.Join(err, undo())
+		left, lerr := lab.Left(s.work)
+		if lerr != nil || len(left) > 0 { // never remove through a mount
+			err = errors.Join(err, lerr, fmt.Errorf("%s: %w", strings.Join(left, "; "), backup.ErrLeft))
+			return
+		}
+		err = errors.Join(err, os.RemoveAll(s.work))
+	}()
+	if err := s.open(ctx); err != nil {
+		return err
+	}
+	for i, b := range batches {
+		s.tell("production run %d of %d: %s, trial %d, %d cuts", i+1, len(batches), b.ground.Ground(), b.n, len(b.cells))
+		if err := s.run(ctx, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// poolSize leaves room for production and for the images of the largest run;
+// the file behind it is sparse.
+func poolSize(o Options) backup.Bytes {
+	volumes := 0
+	for _, v := range o.Grid.Volumes {
+		volumes = max(volumes, v)
+	}
+	cuts := len(o.Grid.Modes) * len(o.Grid.Skews) * len(o.Grid.Checkpoints)
+	return backup.Bytes(volumes)*o.VolumeSize*backup.Bytes(2+min(cuts, 8)) + 4<<30
+}
+
+func (s *site) open(ctx context.Context) error {
+	if err := local.Init(ctx, s.pool); err != nil {
+		return err
+	}
+	var err error
+	if s.provider, err = local.Open(ctx, s.pool, s.Log); err != nil {
+		return err
+	}
+	shared := catalog.New(catalog.NewDir(filepath.Join(s.work, "catalog")), "drill")
+	for name, f := range map[string]**flow.Flow{"a": &s.a, "b": &s.b} {
+		st, err := state.Open(filepath.Join(s.work, name))
+		if err != nil {
+			return err
+		}
+		*f = &flow.Flow{Provider: s.provider, Catalog: shared, State: st, Cluster: "drill", Host: name, Tool: s.Version,
+			Watchdog: []string{s.Program, "watchdog"}, Log: s.Log}
+	}
+	return nil
+}
+
+// run makes one production run, takes its cuts, and judges the images when the
+// load is over.
+func (s *site) run(ctx context.Context, b batch) (err error) {
+	p, err := s.produce(ctx, b)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, p.end(ctx)) }()
+	shots, shootErr := p.shoot(ctx)
+	_, loadErr := p.load.Stop()
+	id := backup.NewID(p.began)
+	if len(shots) > 0 {
+		if err := s.store.addRun(p.line(string(id), shots)); err != nil {
+			return err
+		}
+	}
+	for _, shot := range shots {
+		t := s.judge(ctx, shot)
+		t.Seed, t.N, t.Run = s.Seed, b.n, string(id)
+		err := s.finish(ctx, &t)
+		if ctx.Err() != nil {
+			return errors.Join(ctx.Err(), err)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return errors.Join(shootErr, loadErr)
+}
+
+// line is what is kept of the run itself.
+func (p *production) line(id string, shots []shot) ProductionRun {
+	r := ProductionRun{ID: id, Ground: p.batch.ground, Seed: p.Seed, N: p.batch.n, Began: p.began, Throughput: p.load.Series(), Machine: machine(p.Version)}
+	for _, s := range shots {
+		if s.manifest.Server.Version != "" {
+			r.Machine.PostgreSQL = s.manifest.Server.Version
+		}
+	}
+	return r
+}
+
+func machine(version string) Machine {
+	m := Machine{Kernel: "unknown", Processors: runtime.NumCPU(), Cleancut: version}
+	var u unix.Utsname
+	if err := unix.Uname(&u); err == nil {
+		m.Kernel = unix.ByteSliceToString(u.Release[:]) + " " + unix.ByteSliceToString(u.Machine[:])
+		m.Host = unix.ByteSliceToString(u.Nodename[:])
+	}
+	return m
+}
+
+// judge looks at one image alone: the snapshots, the manifest, and the promise.
+func (s *site) judge(ctx context.Context, shot shot) Trial {
+	t := Trial{Cell: shot.cell, At: shot.at, StallMS: float64(shot.stall.Microseconds()) / 1000}
+	if shot.err != nil {
+		t.Reason = shot.err.Error()
+		return t
+	}
+	t.Backup, t.Cut = shot.manifest.ID, shot.manifest.Cut
+	for _, m := range shot.manifest.Snapshots {
+		t.Members = append(t.Members, MemberTime{m.Member, m.Requested, m.Responded})
+	}
+	ctx, cancel := context.WithTimeout(ctx, judgeTime)
+	defer cancel()
+	start := time.Now()
+	v, found, err := JudgeImage(ctx, s.b, shot.manifest.ID, shot.promise)
+	t.Seconds, t.Checks, t.Found, t.Recovery = time.Since(start).Seconds(), v.Checks, found, v.FirstSec
+	if err != nil {
+		t.Reason = err.Error()
+		return t
+	}
+	t.Class, t.Reason = Judge(v, found)
+	return t
+}
+
+// JudgeImage restores a backup into a throwaway copy, compares its rows with
+// the promise and runs every check of level full. Damage is in the result; the
+// error is for what kept it from being judged.
+func JudgeImage(ctx context.Context, f *flow.Flow, id backup.ID, promise load.Promise) (v backup.Verdict, found *load.Finding, err error) {
+	v, err = f.Verify(ctx, flow.VerifyOptions{ID: id, Level: backup.LevelFull, AllowTorn: true,
+		Look: func(ctx context.Context, r flow.Restored) error {
+			conn, err := r.Instance.Connect(ctx, "postgres")
+			if err != nil {
+				return err
+			}
+			defer conn.Close(context.WithoutCancel(ctx))
+			f, err := load.Judge(ctx, conn, promise)
+			if err != nil {
+				return err
+			}
+			found = &f
+			if problems := f.Problems(); len(problems) > 0 {
+				return errors.New(strings.Join(problems, "; "))
+			}
+			return nil
+		}})
+	if err != nil && (!errors.Is(err, backup.ErrDamage) || errors.Is(err, backup.ErrLeft) || ctx.Err() != nil) {
+		return v, found, err
+	}
+	return v, found, nil
+}
+
+// finish keeps the image set if that is wanted, removes it from the pool, and
+// writes the line, in this order: a line says where its images are. A trial
+// that was interrupted leaves no line.
+func (s *site) finish(ctx context.Context, t *Trial) error {
+	interrupted := ctx.Err() != nil
+	var err error
+	if !interrupted && t.Backup != "" && (s.Keep == KeepAll || s.Keep == KeepDamaged && t.Class != Sound) {
+		t.Kept, err = s.keep(ctx, *t)
+	}
+	if t.Backup != "" {
+		undoing, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+		defer cancel()
+		err = errors.Join(err, s.a.DeleteLast(undoing, t.Backup))
+	}
+	if interrupted {
+		return err
+	}
+	word := string(t.Class)
+	if t.Class == "" {
+		word = "NOT JUDGED"
+	}
+	s.tell("%-10s %s, in %.1f s%s", word, t.Conditions(), t.Seconds, shorten(t.Reason))
+	return errors.Join(err, s.store.addTrial(*t))
+}
+
+func shorten(reason string) string {
+	reason = strings.Join(strings.Fields(reason), " ")
+	if len(reason) > 160 {
+		reason = reason[:160] + " …"
+	}
+	if reason != "" {
+		reason = ": " + reason
+	}
+	return reason
+}
+
+// keep copies the images, sparse, with the manifest, out of the pool.
+func (s *site) keep(ctx context.Context, t Trial) (string, error) {
+	rel := filepath.Join("images", string(t.Backup))
+	dir := filepath.Join(s.Out, rel)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", fmt.Errorf("keep images: %w", err)
+	}
+	entry, err := s.a.Catalog.Backup(ctx, t.Backup)
+	if err != nil {
+		return "", err
+	}
+	b, err := backup.EncodeManifest(entry.Manifest)
+	if err != nil {
+		return "", err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "manifest.json"), b, 0o644); err != nil {
+		return "", fmt.Errorf("keep images: %w", err)
+	}
+	for _, sn := range entry.Manifest.Snapshots {
+		to := filepath.Join(dir, fmt.Sprintf("member-%d.img", sn.Member))
+		if _, err := host.Run(ctx, "cp", "--sparse=always", filepath.Join(s.pool, "snapshots", string(sn.ID)+".img"), to); err != nil {
+			return "", err
+		}
+	}
+	return rel, nil
+}
+
+// place says where what a layout needs can be had: here, in the guest, or why
+// not.
+func place(ctx context.Context) func(needs string) (where, why string) {
+	root, md := os.Geteuid() == 0, host.HasMD(ctx)
+	return func(needs string) (string, string) {
+		switch {
+		case uml.Inside():
+			return string(lab.UML), ""
+		case root && (needs == "" || needs == "md" && md):
+			return string(lab.Native), ""
+		}
+		if missing := uml.Missing(); len(missing) > 0 {
+			return "", fmt.Sprintf("this kernel or user cannot do it, and no user-mode kernel can run: missing %s", strings.Join(missing, ", "))
+		}
+		return string(lab.UML), ""
+	}
+}

@@ -1,0 +1,283 @@
+package drill
+
+import (
+	"cmp"
+	"fmt"
+	"hash/fnv"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/flow"
+)
+
+// Checkpoint says whether a checkpoint ends right before the cut.
+const (
+	CheckpointBefore = "before"
+	CheckpointNone   = "none"
+)
+
+// Grid is the conditions to be combined: each value of one list with each of
+// every other.
+type Grid struct {
+	Modes       []backup.Mode
+	Skews       []time.Duration // between members: from the answer for one to the request for the next
+	Volumes     []int
+	Chunks      []backup.Bytes // of stripes
+	Layouts     []string
+	Filesystems []string
+	Loads       []string
+	Checkpoints []string
+}
+
+// Cell is one combination of conditions, and where it ran.
+type Cell struct {
+	Where      string       `json:"where"` // native or uml
+	Layout     string       `json:"layout"`
+	Volumes    int          `json:"volumes"`
+	Chunk      backup.Bytes `json:"chunk_bytes"` // 0: the layout has none
+	Filesystem string       `json:"fs"`
+	Load       string       `json:"load"`
+	Checkpoint string       `json:"checkpoint,omitempty"`
+	Mode       backup.Mode  `json:"mode"`
+	SkewMS     int64        `json:"skew_ms"`
+}
+
+// Skew is the time between two members.
+func (c Cell) Skew() time.Duration { return time.Duration(c.SkewMS) * time.Millisecond }
+
+// ground is the part of a cell that production itself is made of: cells with
+// the same ground are cut in the same production run.
+func (c Cell) ground() Cell {
+	c.Mode, c.SkewMS, c.Checkpoint = "", 0, ""
+	return c
+}
+
+// Conditions is the cell in words.
+func (c Cell) Conditions() string {
+	words := []string{string(c.Mode), c.Skew().String() + " apart"}
+	if c.SkewMS == 0 {
+		words[1] = "all at once"
+	}
+	if c.Checkpoint == CheckpointBefore {
+		words = append(words, "checkpoint before")
+	}
+	return strings.Join(append(words, c.Ground()), ", ")
+}
+
+// Ground is what the cell's production is, in words.
+func (c Cell) Ground() string {
+	layout := fmt.Sprintf("%s of %d", c.Layout, c.Volumes)
+	if c.Chunk > 0 {
+		layout += fmt.Sprintf(" × %d KiB", c.Chunk>>10)
+	}
+	return fmt.Sprintf("%s, %s, %s load, %s", layout, c.Filesystem, c.Load, c.Where)
+}
+
+// Protected: cleancut calls a cut like that atomic, so damage in it is a bug.
+func (c Cell) Protected() bool { return c.Mode != backup.ModeNone }
+
+// layout is one way to put a cluster on volumes.
+type layout struct {
+	name   string
+	needs  string // of the kernel: "md", or "" for nothing but loop devices and root
+	least  int    // volumes
+	chunks bool   // it stripes
+	// storages lists what to make: the first holds the data directory; with
+	// more, the second holds the WAL and each other one a tablespace.
+	storages func(c Cell, size backup.Bytes) []flow.StorageOptions
+}
+
+func layouts() []layout {
+	return []layout{
+		{"separate", "", 2, false, func(c Cell, size backup.Bytes) []flow.StorageOptions {
+			var out []flow.StorageOptions
+			for i := range c.Volumes {
+				name := []string{"data", "wal"}[min(i, 1)]
+				if i > 1 {
+					name = fmt.Sprintf("space%d", i-1)
+				}
+				out = append(out, flow.StorageOptions{Name: name, Volumes: 1, Size: size, Filesystem: c.Filesystem})
+			}
+			return out
+		}},
+		{"raid0", "md", 2, true, func(c Cell, size backup.Bytes) []flow.StorageOptions {
+			return []flow.StorageOptions{{Name: "data", Volumes: c.Volumes, Size: size, Level: "raid0", Chunk: c.Chunk, Filesystem: c.Filesystem}}
+		}},
+	}
+}
+
+func layoutOf(name string) (layout, bool) {
+	i := slices.IndexFunc(layouts(), func(l layout) bool { return l.name == name })
+	if i < 0 {
+		return layout{}, false
+	}
+	return layouts()[i], true
+}
+
+// Refusal is a cell that cannot be done here, and why.
+type Refusal struct {
+	Cell string
+	Why  string
+}
+
+// Cells combines the grid. where says for what a layout needs of the kernel
+// the place that has it, or the reason why there is none. A combination that
+// differs from another one in nothing but a chunk size that does not exist
+// comes once. If any cell is refused, nothing should be run.
+func (g Grid) Cells(where func(needs string) (place, why string)) (cells []Cell, refused []Refusal) {
+	for _, c := range g.all() {
+		l, known := layoutOf(c.Layout)
+		if known && !l.chunks {
+			c.Chunk = 0
+		}
+		why := c.wrong(l, known)
+		if why == "" {
+			c.Where, why = where(l.needs)
+		}
+		if why != "" {
+			r := Refusal{strings.TrimSuffix(c.Conditions(), ", "), why}
+			if !slices.Contains(refused, r) {
+				refused = append(refused, r)
+			}
+			continue
+		}
+		if !slices.Contains(cells, c) {
+			cells = append(cells, c)
+		}
+	}
+	return cells, refused
+}
+
+func (g Grid) all() []Cell {
+	out := []Cell{{}}
+	out = cross(out, g.Layouts, func(c *Cell, v string) { c.Layout = v })
+	out = cross(out, g.Volumes, func(c *Cell, v int) { c.Volumes = v })
+	out = cross(out, g.Chunks, func(c *Cell, v backup.Bytes) { c.Chunk = v })
+	out = cross(out, g.Filesystems, func(c *Cell, v string) { c.Filesystem = v })
+	out = cross(out, g.Loads, func(c *Cell, v string) { c.Load = v })
+	out = cross(out, g.Modes, func(c *Cell, v backup.Mode) { c.Mode = v })
+	out = cross(out, g.Skews, func(c *Cell, v time.Duration) { c.SkewMS = v.Milliseconds() })
+	return cross(out, g.Checkpoints, func(c *Cell, v string) { c.Checkpoint = v })
+}
+
+func cross[T any](cells []Cell, values []T, set func(*Cell, T)) []Cell {
+	var out []Cell
+	for _, c := range cells {
+		for _, v := range values {
+			set(&c, v)
+			out = append(out, c)
+		}
+	}
+	return out
+}
+
+// wrong says what is wrong with a cell on any machine, or "".
+func (c Cell) wrong(l layout, known bool) string {
+	_, loaded := presetOf(c.Load)
+	switch {
+	case c.Layout == "lvm":
+		return "logical volumes are not there yet"
+	case !known:
+		return fmt.Sprintf("layout %q: raid0 or separate", c.Layout)
+	case c.Mode == backup.ModeGroup:
+		return "the local provider, on whose volumes the drill runs, has no group"
+	case c.Mode == backup.ModeBracketed:
+		return "bracketed cuts are not there yet"
+	case c.Mode != backup.ModeFreeze && c.Mode != backup.ModeNone:
+		return fmt.Sprintf("mode %q: freeze or none", c.Mode)
+	case c.Volumes < l.least || c.Volumes > 16:
+		return fmt.Sprintf("%d volumes: %s wants %d to 16", c.Volumes, c.Layout, l.least)
+	case l.chunks && (c.Chunk < 4<<10 || c.Chunk&(c.Chunk-1) != 0):
+		return fmt.Sprintf("a chunk of %s: want a power of two from 4K on", c.Chunk)
+	case c.Filesystem != "xfs" && c.Filesystem != "ext4":
+		return fmt.Sprintf("filesystem %q: xfs or ext4", c.Filesystem)
+	case c.SkewMS < 0 || c.SkewMS > 600_000:
+		return fmt.Sprintf("a skew of %s: want 0 to 10m", c.Skew())
+	case !loaded:
+		return fmt.Sprintf("load %q: light, heavy or metadata", c.Load)
+	case c.Checkpoint != CheckpointBefore && c.Checkpoint != CheckpointNone:
+		return fmt.Sprintf("checkpoint %q: before or none", c.Checkpoint)
+	}
+	return ""
+}
+
+// batch is one production run that is to be: trial n of the cells that share a
+// ground.
+type batch struct {
+	ground Cell
+	n      int
+	seed   uint64
+	cells  []Cell // in the order in which they are cut
+}
+
+// plan lists the production runs that are still to be made, trial by trial, so
+// that a drill that is stopped has about as many trials of each cell.
+func plan(cells []Cell, seed int64, trials int, done func(c Cell, n int) bool) []batch {
+	var out []batch
+	for n := 1; n <= trials; n++ {
+		var grounds []Cell
+		for _, c := range cells {
+			if g := c.ground(); !slices.Contains(grounds, g) {
+				grounds = append(grounds, g)
+			}
+		}
+		for _, g := range grounds {
+			b := batch{ground: g, n: n, seed: runSeed(seed, g, n)}
+			for _, c := range cells {
+				if c.ground() == g {
+					b.cells = append(b.cells, c)
+				}
+			}
+			// Ordered by what they are, not by how they were asked for; then
+			// shuffled as a whole, so that done ones do not change the order.
+			slices.SortFunc(b.cells, func(x, y Cell) int { return cmp.Compare(x.Conditions(), y.Conditions()) })
+			b.random().Shuffle(len(b.cells), func(i, j int) { b.cells[i], b.cells[j] = b.cells[j], b.cells[i] })
+			b.cells = slices.DeleteFunc(b.cells, func(c Cell) bool { return done(c, n) })
+			if len(b.cells) > 0 {
+				out = append(out, b)
+			}
+		}
+	}
+	return out
+}
+
+// runSeed mixes the drill's seed with what the run is, so that every run of
+// every drill has conditions of its own.
+func runSeed(seed int64, ground Cell, n int) uint64 {
+	h := fnv.New64a()
+	fmt.Fprintf(h, "%d/%s/%d", seed, ground.Ground(), n)
+	return h.Sum64()
+}
+
+func (b batch) random() *rand.Rand { return rand.New(rand.NewPCG(b.seed, uint64(b.n))) }
+
+// pause is the time before a cut, which moves it against the load's own
+// beat (a checkpoint every four seconds).
+func (b batch) pause(c Cell) time.Duration {
+	h := fnv.New64a()
+	fmt.Fprint(h, c.Conditions())
+	r := rand.New(rand.NewPCG(b.seed, h.Sum64()))
+	return 500*time.Millisecond + time.Duration(r.Int64N(int64(4*time.Second)))
+}
+
+// Cut is one cut that is to be made, and what the seed says about it.
+type Cut struct {
+	Cell  Cell
+	N     int
+	Seed  uint64 // of the production run
+	Pause time.Duration
+}
+
+// Schedule lists the cuts that are still to be made, in their order.
+func Schedule(cells []Cell, seed int64, trials int, done func(c Cell, n int) bool) []Cut {
+	var out []Cut
+	for _, b := range plan(cells, seed, trials, done) {
+		for _, c := range b.cells {
+			out = append(out, Cut{c, b.n, b.seed, b.pause(c)})
+		}
+	}
+	return out
+}

@@ -1,0 +1,177 @@
+package drill
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"cleancut/internal/report"
+)
+
+// writeReport writes the page and, beside it, its data.
+func (o Options) writeReport(st *store, s Summary) error {
+	data := struct {
+		Summary
+		Trials []Trial         `json:"trials"`
+		Runs   []ProductionRun `json:"runs"`
+	}{s, st.trials, st.runs}
+	page := Page(s, st.trials, st.runs)
+	return errors.Join(writeFile(s.JSON, func(f *os.File) error {
+		enc := json.NewEncoder(f)
+		enc.SetIndent("", " ")
+		return enc.Encode(data)
+	}), writeFile(s.Report, func(f *os.File) error { return page.Write(f) }))
+}
+
+// Page is the report for people: all trials, and second by second the last
+// production run and the last cut that was held.
+func Page(s Summary, trials []Trial, runs []ProductionRun) report.Page {
+	p := report.Page{Title: "cleancut drill", Subtitle: subtitle(trials), Drill: outcomes(s, trials), Said: []string{
+		"Each trial of a cell is of a production run of its own. Intervals are Clopper and Pearson's, 95 %; where nothing or everything was damaged, the rule of three.",
+		"The seed makes a trial's conditions again (load, order, moment of the cut), not how the machine schedules them.",
+		"These are rates of this load on these volumes: proof that such damage exists, not how often it happens elsewhere."}}
+	if len(runs) > 0 {
+		last := runs[len(runs)-1]
+		p.Throughput = []report.Series{throughput(last)}
+		p.Marks = cutMarks(last, trials)
+		p.Machine = machineFacts(s, last)
+	}
+	p.Gantt = cutBars(trials)
+	return p
+}
+
+func subtitle(trials []Trial) string {
+	if len(trials) == 0 {
+		return "no trial yet"
+	}
+	first, last := trials[0].At, trials[0].At
+	for _, t := range trials {
+		first, last = earlier(first, t.At), later(last, t.At)
+	}
+	const day = "2006-01-02 15:04"
+	return fmt.Sprintf("%d trials from %s to %s UTC", len(trials), first.UTC().Format(day), last.UTC().Format(day))
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
+}
+
+// outcomes is the grid, and as verdict what the drill says about cleancut: not
+// one protected cut may be damaged.
+func outcomes(s Summary, trials []Trial) *report.Drill {
+	d := &report.Drill{Word: "Measured", Text: "No protected cut was judged: nothing is claimed."}
+	for _, c := range Classes() {
+		d.Classes = append(d.Classes, report.Class{Key: string(c), Words: c.Words()})
+	}
+	protected, damaged, torn, tornDamaged := 0, 0, 0, 0
+	for _, c := range s.Cells {
+		cell := report.Cell{Name: c.Conditions(), Said: c.Said}
+		for _, class := range Classes() {
+			cell.Counts = append(cell.Counts, c.Count(class))
+		}
+		for _, t := range trials {
+			if t.Cell == c.Cell && t.Class != "" {
+				cell.Stalls = append(cell.Stalls, time.Duration(t.StallMS*float64(time.Millisecond)))
+			}
+		}
+		d.Cells = append(d.Cells, cell)
+		if c.Protected() {
+			protected, damaged = protected+c.Trials, damaged+c.Damaged
+		} else {
+			torn, tornDamaged = torn+c.Trials, tornDamaged+c.Damaged
+		}
+	}
+	for _, c := range s.Checks {
+		d.Checks = append(d.Checks, report.CheckRow{Name: c.Check, Caught: c.Caught, Missed: c.Missed, CouldNotRun: c.CouldNotRun, SoundPassed: c.OnSound})
+	}
+	if protected > 0 {
+		held := damaged == 0
+		d.Held, d.Word = &held, map[bool]string{true: "Every protected cut was sound", false: "A protected cut was damaged"}[held]
+		d.Text = fmt.Sprintf("%d of %d protected cuts damaged; %d of %d cuts that nothing held.", damaged, protected, tornDamaged, torn)
+	}
+	return d
+}
+
+func throughput(r ProductionRun) report.Series {
+	out := report.Series{Name: "Commits in the last production run (" + r.Ground.Ground() + ")", Unit: "commits/s"}
+	for _, p := range r.Throughput[:max(0, len(r.Throughput)-1)] { // the last may be of less than a second
+		out.Points = append(out.Points, report.Point{T: p.At, V: float64(p.Count)})
+	}
+	return out
+}
+
+// cutMarks marks the run's cuts, from the first thing done to production to the
+// last.
+func cutMarks(r ProductionRun, trials []Trial) []report.Mark {
+	var out []report.Mark
+	for _, t := range trials {
+		if t.Run != r.ID || len(t.Members) == 0 {
+			continue
+		}
+		m := report.Mark{Name: fmt.Sprintf("%s, %s: %s", t.Mode, t.Skew(), cmp.Or(string(t.Class), "not judged"))}
+		m.From, m.To = t.Members[0].Requested, t.Members[0].Responded
+		for _, s := range t.Members {
+			m.From, m.To = earlier(m.From, s.Requested), later(m.To, s.Responded)
+		}
+		for _, f := range t.Cut.Frozen {
+			m.From, m.To = earlier(m.From, f.Called), later(m.To, f.Thawed)
+		}
+		out = append(out, m)
+	}
+	return out
+}
+
+// cutBars draws the last cut that was held, else the last one. Of a syncfs only
+// its length is known; the last ended when the freeze began.
+func cutBars(trials []Trial) []report.Bar {
+	var t *Trial
+	for i := range trials {
+		if len(trials[i].Members) > 0 && (t == nil || len(trials[i].Cut.Frozen) > 0 || len(t.Cut.Frozen) == 0) {
+			t = &trials[i]
+		}
+	}
+	if t == nil {
+		return nil
+	}
+	var out []report.Bar
+	if len(t.Cut.Frozen) > 0 {
+		end := t.Cut.Frozen[0].Called
+		for _, f := range t.Cut.Frozen {
+			end = earlier(end, f.Called)
+		}
+		for i, ms := range slices.Backward(t.Cut.SyncRounds) {
+			begin := end.Add(-time.Duration(ms * float64(time.Millisecond)))
+			out = append(out, report.Bar{Lane: "syncfs", Name: fmt.Sprintf("round %d", i+1), From: begin, To: end})
+			end = begin
+		}
+		slices.Reverse(out)
+	}
+	for _, f := range t.Cut.Frozen {
+		name := f.Mountpoint[strings.LastIndexByte(f.Mountpoint, '/')+1:]
+		out = append(out, report.Bar{Lane: "freeze " + name, Name: "FIFREEZE", From: f.Called, To: f.Held}, report.Bar{Lane: "freeze " + name, Name: "held", From: f.Held, To: f.Thawed})
+	}
+	for _, m := range t.Members {
+		out = append(out, report.Bar{Lane: fmt.Sprintf("snapshot %d", m.Member), From: m.Requested, To: m.Responded})
+	}
+	return out
+}
+
+func machineFacts(s Summary, r ProductionRun) []report.Fact {
+	return []report.Fact{{Name: "host", Value: r.Machine.Host}, {Name: "kernel", Value: r.Machine.Kernel}, {Name: "processors", Value: fmt.Sprint(r.Machine.Processors)},
+		{Name: "PostgreSQL", Value: r.Machine.PostgreSQL}, {Name: "cleancut", Value: r.Machine.Cleancut}, {Name: "seed of the last run", Value: fmt.Sprint(s.Seed)}}
+}

@@ -1,0 +1,180 @@
+package drill_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/drill"
+	"cleancut/internal/lab/labtest"
+)
+
+// small is a drill that this machine does in a minute, as root.
+func small(t *testing.T) drill.Options {
+	t.Helper()
+	out := filepath.Join(labtest.Folder(t), "out")
+	return drill.Options{Program: labtest.Binary(t), Version: "test", Trials: 1, Seed: 3, Out: out, Keep: drill.KeepNone, Report: filepath.Join(out, "report.html"), Rows: 1000, VolumeSize: 320 << 20,
+		Grid: drill.Grid{Modes: []backup.Mode{"freeze", "none"}, Skews: []time.Duration{0, 200 * time.Millisecond}, Volumes: []int{3}, Layouts: []string{"separate"}, Chunks: []backup.Bytes{64 << 10},
+			Filesystems: []string{"xfs"}, Loads: []string{"light"}, Checkpoints: []string{"none"}},
+		Progress: io.Discard, Log: slog.New(slog.DiscardHandler)}
+}
+
+// lines reads the trials as another program would.
+func lines(t *testing.T, o drill.Options) (out []drill.Trial) {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(o.Out, "trials.jsonl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for s := bufio.NewScanner(bytes.NewReader(b)); s.Scan(); {
+		var trial drill.Trial
+		if err := json.Unmarshal(s.Bytes(), &trial); err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, trial)
+	}
+	return out
+}
+
+// cancelAt cancels when somebody is told of a word.
+type cancelAt struct {
+	t      *testing.T
+	word   string
+	cancel func()
+}
+
+func (c *cancelAt) Write(p []byte) (int, error) {
+	c.t.Logf("%s", bytes.TrimSpace(p))
+	if strings.Contains(string(p), c.word) {
+		c.cancel()
+	}
+	return len(p), nil
+}
+
+func TestADrillThatIsStoppedGoesOnWhereItWas(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	o := small(t)
+	o.Keep = drill.KeepAll
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	o.Progress = &cancelAt{t, "sound  ", cancel}
+	s, err := drill.Run(ctx, o)
+	if !errors.Is(err, context.Canceled) || !s.Interrupted {
+		t.Fatalf("got %+v and %v, want an interrupted drill", s, err)
+	}
+	first := lines(t, o)
+	if len(first) == 0 || len(first) > 3 {
+		t.Fatalf("%d trials before the end, want some of 4", len(first))
+	}
+	o.Progress = &cancelAt{t, "never", func() {}}
+	if s, err = drill.Run(t.Context(), o); err != nil {
+		t.Fatal(err)
+	}
+	all := lines(t, o)
+	if len(all) != 4 {
+		t.Fatalf("%d trials, want 4: each of the cells once", len(all))
+	}
+	for _, c := range s.Cells {
+		if c.Trials != 1 || c.Protected() && c.Sound != 1 {
+			t.Errorf("%s: %+v", c.Conditions(), c)
+		}
+	}
+	for _, trial := range all {
+		isKept(t, o, trial)
+		if trial.StallMS <= 0 || len(trial.Members) != 3 || len(trial.Checks) < 8 || trial.Found == nil || trial.Found.Words.Acked == 0 {
+			t.Errorf("a trial that says little: %+v", trial)
+		}
+		if skew := trial.Members[2].Requested.Sub(trial.Members[0].Requested); trial.SkewMS > 0 && skew < 2*trial.Skew() {
+			t.Errorf("%s: members were cut within %v", trial.Conditions(), skew)
+		}
+	}
+	reported(t, o)
+	began := time.Now()
+	if _, err := drill.Run(t.Context(), o); err != nil || len(lines(t, o)) != 4 || time.Since(began) > 5*time.Second {
+		t.Errorf("all was done: got %v and %d trials in %v", err, len(lines(t, o)), time.Since(began))
+	}
+}
+
+// isKept demands the whole image set with its manifest.
+func isKept(t *testing.T, o drill.Options, trial drill.Trial) {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(o.Out, trial.Kept, "manifest.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := backup.DecodeManifest(b)
+	if err != nil || m.ID != trial.Backup {
+		t.Errorf("manifest %s: %v", m.ID, err)
+	}
+	images, err := filepath.Glob(filepath.Join(o.Out, trial.Kept, "member-*.img"))
+	if err != nil || len(images) != 3 {
+		t.Errorf("images %q (%v), want 3", images, err)
+	}
+}
+
+func reported(t *testing.T, o drill.Options) {
+	t.Helper()
+	page, err := os.ReadFile(o.Report)
+	if err != nil || !strings.Contains(string(page), "Every protected cut was sound") || !strings.Contains(string(page), "commits/s") {
+		t.Errorf("the report says nothing (%v)", err)
+	}
+	b, err := os.ReadFile(strings.TrimSuffix(o.Report, ".html") + ".json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var data struct {
+		Cells  []drill.CellSummary
+		Trials []drill.Trial
+		Runs   []drill.ProductionRun
+	}
+	if err := json.Unmarshal(b, &data); err != nil || len(data.Cells) != 4 || len(data.Trials) != 4 || len(data.Runs) == 0 || len(data.Runs[0].Throughput) == 0 {
+		t.Errorf("the data beside the report: %d cells, %d trials, %d runs (%v)", len(data.Cells), len(data.Trials), len(data.Runs), err)
+	}
+}
+
+func TestAGridWithACellThatCannotBeDoneIsNotBegun(t *testing.T) {
+	o := drill.Options{Trials: 1, Out: filepath.Join(t.TempDir(), "out"), Keep: drill.KeepNone, Rows: 1, VolumeSize: 1 << 30, Grid: grid(), Progress: io.Discard}
+	o.Grid.Modes = append(o.Grid.Modes, "group")
+	_, err := drill.Run(t.Context(), o)
+	if !errors.Is(err, backup.ErrUsage) || !strings.Contains(err.Error(), "group, all at once, raid0 of 4 × 64 KiB") || backup.HintOf(err) == "" {
+		t.Errorf("got %v, want the cell named, with what to do", err)
+	}
+	if _, err := os.Stat(o.Out); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the output folder was made: %v", err)
+	}
+}
+
+func TestALineThatACrashCutShortIsNoTrial(t *testing.T) {
+	o := drill.Options{Out: t.TempDir(), Keep: drill.KeepNone, Rows: 1, VolumeSize: 1 << 30, Grid: grid(), Progress: io.Discard}
+	o.Report, o.Grid.Layouts = filepath.Join(o.Out, "r.html"), nil
+	name := filepath.Join(o.Out, "trials.jsonl")
+	whole := `{"where":"native","layout":"raid0","volumes":4,"fs":"xfs","load":"heavy","checkpoint":"none","mode":"none","skew_ms":0,"seed":1,"n":1,"class":"silent"}` + "\n"
+	if err := os.WriteFile(name, []byte(whole+whole[:50]), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	s, err := drill.Run(t.Context(), o)
+	if err != nil || len(s.Cells) != 1 || s.Cells[0].Silent != 1 {
+		t.Errorf("got %+v and %v, want the one whole line", s.Cells, err)
+	}
+	if b, err := os.ReadFile(name); err != nil || string(b) != whole {
+		t.Errorf("got %q (%v)", b, err)
+	}
+	if err := os.WriteFile(name, []byte("nonsense\n"+whole), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := drill.Run(t.Context(), o); err == nil || !strings.Contains(err.Error(), "line 1") {
+		t.Errorf("got %v, want the line named", err)
+	}
+}
