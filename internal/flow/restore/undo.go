@@ -13,7 +13,7 @@ import (
 )
 
 // Undo removes everything of a copy in reverse: the server, the mounts, the
-// arrays, the attachments, the volumes, the folders. It goes by the tags that
+// logical volumes and arrays, the attachments, the volumes, the folders. It goes by the tags that
 // the provider confirms, not by what the ledger hopes for, so it also works
 // after a crash in the middle of Run and may be called again. What it cannot
 // remove is in the error, which then wraps backup.ErrLeft.

@@ -13,7 +13,8 @@ import (
 )
 
 // Attach brings storage back that Create made, as after a reboot: it attaches
-// the volumes, and the lines in mdadm.conf and fstab do the rest. What stands
+// the volumes, and the lines in mdadm.conf and fstab do the rest; a volume group
+// is found on the volumes themselves. What stands
 // already is left as it is, so it may be called again. Name, Host and the two
 // files of o are needed.
 func Attach(ctx context.Context, p provider.Provider, o Options) (res Result, err error) {
@@ -45,7 +46,7 @@ func Attach(ctx context.Context, p provider.Provider, o Options) (res Result, er
 func assembleByTable(ctx context.Context, o Options, res *Result) error {
 	line, err := host.LineOf(o.MdadmConf, o.Name)
 	if errors.Is(err, backup.ErrNotFound) {
-		return nil // one volume, no array
+		return activateGroup(ctx, o, res) // one volume, or LVM
 	}
 	if err != nil {
 		return err
@@ -73,6 +74,17 @@ func assembleByTable(ctx context.Context, o Options, res *Result) error {
 	}
 	res.Array = arrays[0]
 	return nil
+}
+
+// activateGroup brings up the volume group, if the volumes carry one.
+func activateGroup(ctx context.Context, o Options, res *Result) error {
+	id, err := host.Identify(ctx, res.Devices[0])
+	if err != nil || id.Type != "LVM2_member" {
+		return err
+	}
+	res.LogicalVolume, err = host.ActivateGroup(ctx, res.Devices)
+	res.Group = o.group()
+	return err
 }
 
 func mountByTable(ctx context.Context, o Options, res *Result) error {
