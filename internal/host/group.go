@@ -217,7 +217,7 @@ func onlyDevices(devices []string, group string) string {
 		fmt.Fprintf(&accept, `"a|^%s$|",`, d)
 	}
 	filter := "[" + accept.String() + `"r|.*|"]`
-	config := "devices { use_devicesfile=0 filter=" + filter + " global_filter=" + filter + " } backup { backup=0 archive=0 }"
+	config := "devices { use_devicesfile=0 filter=" + filter + " global_filter=" + filter + " } " + keepNothing
 	if group != "" {
 		config += ` activation { volume_list=["` + group + `"] }`
 	}

@@ -42,8 +42,8 @@ type physicalVolume struct {
 }
 
 type logicalVolume struct {
-	uuid, name, attr, layout string
-	segments                 []segment
+	uuid, name, attr, layout, role string
+	segments                       []segment
 }
 
 type segment struct {
@@ -52,12 +52,16 @@ type segment struct {
 	ranges              string // /dev/loop0:0-49 /dev/loop1:0-49
 }
 
+// keepNothing is a configuration for --config: no copies of metadata on this
+// host, which LVM otherwise makes.
+const keepNothing = "backup { backup=0 archive=0 }"
+
 // reportArgs ask for what parseReport reads: lvmreport(7).
 func reportArgs() []string {
 	return []string{"fullreport", "--reportformat", "json", "--units", "b", "--nosuffix",
 		"--configreport", "vg", "-o", "vg_uuid,vg_name,vg_extent_size,vg_lock_type,vg_systemid,vg_missing_pv_count,vg_exported,vg_partial,vg_clustered,vg_shared",
 		"--configreport", "pv", "-o", "pv_uuid,pv_name,pv_major,pv_minor,pe_start,pv_missing",
-		"--configreport", "lv", "-o", "lv_uuid,lv_name,lv_attr,lv_layout",
+		"--configreport", "lv", "-o", "lv_uuid,lv_name,lv_attr,lv_layout,lv_role",
 		"--configreport", "seg", "-o", "lv_uuid,segtype,stripe_size,seg_start,seg_size,seg_pe_ranges",
 		"--configreport", "pvseg", "-o", "pv_uuid"}
 }
@@ -89,7 +93,7 @@ func parseReport(b []byte) ([]volumeGroup, error) {
 			g.physical = append(g.physical, p)
 		}
 		for _, lv := range r.LV {
-			g.logical[lv["lv_uuid"]] = logicalVolume{uuid: lv["lv_uuid"], name: lv["lv_name"], attr: lv["lv_attr"], layout: lv["lv_layout"]}
+			g.logical[lv["lv_uuid"]] = logicalVolume{uuid: lv["lv_uuid"], name: lv["lv_name"], attr: lv["lv_attr"], layout: lv["lv_layout"], role: lv["lv_role"]}
 		}
 		for _, seg := range r.Seg {
 			n.row = seg
@@ -152,7 +156,7 @@ func (g volumeGroup) describe(uuid string) (backup.LogicalVolume, [][2]int, erro
 	case !ok:
 		return out, nil, fmt.Errorf("logical volume %s in volume group %s: %w", uuid, g.name, backup.ErrNotFound)
 	case len(lv.attr) < 9 || lv.attr[0] != ordinaryVolume:
-		return out, nil, fmt.Errorf("logical volume %s/%s is of kind %s (lv_attr %q; linear and striped are done): %w", g.name, lv.name, lv.layout, lv.attr, backup.ErrUnsupported)
+		return out, nil, fmt.Errorf("logical volume %s/%s is of kind %s, %s (ordinary linear and striped ones are done): %w", g.name, lv.name, lv.layout, lv.role, backup.ErrUnsupported)
 	case lv.attr[4] == 's' || lv.attr[8] != '-':
 		return out, nil, fmt.Errorf("logical volume %s/%s is suspended or not healthy (lv_attr %q): %w", g.name, lv.name, lv.attr, backup.ErrUnsupported)
 	}
@@ -289,7 +293,8 @@ func logicalTree(ctx context.Context, d backup.Device, uuid []string, resolve Re
 	if uuid[3] != "" {
 		return d, fmt.Errorf("%s is a part that LVM keeps to itself (%s): %w", d.Name, uuid[3], backup.ErrUnsupported)
 	}
-	out, err := lvmTool(ctx, "lvm", reportArgs()...)
+	// A report of LVM's writes the copies of metadata that /etc/lvm lacks.
+	out, err := lvmTool(ctx, "lvm", append(reportArgs(), "--config", keepNothing)...)
 	if err != nil {
 		return d, err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"cleancut/internal/backup"
@@ -26,7 +27,7 @@ func Attach(ctx context.Context, p provider.Provider, o Options) (res Result, er
 		return res, fmt.Errorf("storage %s of host %s: %w", o.Name, o.Host, backup.ErrNotFound)
 	}
 	slices.SortFunc(inv.Volumes, func(a, b provider.Volume) int {
-		return strings.Compare(a.Tags[backup.TagMember], b.Tags[backup.TagMember])
+		return memberOf(a) - memberOf(b)
 	})
 	for _, v := range inv.Volumes {
 		dev, err := p.Attach(ctx, v.ID)
@@ -39,6 +40,15 @@ func Attach(ctx context.Context, p provider.Provider, o Options) (res Result, er
 		return res, err
 	}
 	return res, mountByTable(ctx, o, &res)
+}
+
+// memberOf is the volume's place; Create tagged it.
+func memberOf(v provider.Volume) int {
+	n, err := strconv.Atoi(v.Tags[backup.TagMember])
+	if err != nil {
+		return -1
+	}
+	return n
 }
 
 // assembleByTable leaves it to mdadm and the line in mdadm.conf, unless udev
