@@ -175,9 +175,25 @@ func label(name string) string {
 // Destroy removes the storage and everything on it. Its volumes must not be
 // in use beyond their own mount: a server on it is not stopped.
 func Destroy(ctx context.Context, p provider.Provider, o Options) error {
-	inv, err := p.List(ctx, o.Tags())
+	var err error
+	for range 3 { // udev may bring an array or a group up once more before its volumes are detached
+		var again bool
+		if again, err = destroyVolumes(ctx, p, o); !again {
+			break
+		}
+	}
 	if err != nil {
 		return err
+	}
+	return errors.Join(host.RemoveLine(o.Fstab, o.Name), host.RemoveLine(o.MdadmConf, o.Name))
+}
+
+// destroyVolumes also says whether a volume was in use when it was to be
+// detached.
+func destroyVolumes(ctx context.Context, p provider.Provider, o Options) (again bool, err error) {
+	inv, err := p.List(ctx, o.Tags())
+	if err != nil {
+		return false, err
 	}
 	var devices []string
 	for _, v := range inv.Volumes {
@@ -186,12 +202,13 @@ func Destroy(ctx context.Context, p provider.Provider, o Options) error {
 		}
 	}
 	if err := host.Release(ctx, devices); err != nil {
-		return backup.Hint(err, "stop what uses it first")
+		return false, backup.Hint(err, "stop what uses it first")
 	}
 	var errs []error
 	for _, v := range inv.Volumes {
-		errs = append(errs, p.Detach(ctx, v.ID), p.DeleteVolume(ctx, v.ID, o.Tags()))
+		err := p.Detach(ctx, v.ID)
+		again = again || errors.Is(err, backup.ErrInUse) && ctx.Err() == nil
+		errs = append(errs, err, p.DeleteVolume(ctx, v.ID, o.Tags()))
 	}
-	errs = append(errs, host.RemoveLine(o.Fstab, o.Name), host.RemoveLine(o.MdadmConf, o.Name))
-	return errors.Join(errs...)
+	return again, errors.Join(errs...)
 }
