@@ -16,7 +16,7 @@ import (
 
 func (a *app) storageCommand() *cobra.Command {
 	hint := "it is `cleancut storage create` or `cleancut storage destroy`"
-	c := &cobra.Command{Use: "storage", GroupID: "main", Short: "Make or remove the striped storage of a cluster", Args: known(hint),
+	c := &cobra.Command{Use: "storage", GroupID: "main", Short: "Make or remove the storage of a cluster: volumes, striped or joined, and a filesystem", Args: known(hint),
 		RunE: func(*cobra.Command, []string) error {
 			return backup.Hint(fmt.Errorf("%w: storage wants to know what to do", backup.ErrUsage), hint)
 		}}
@@ -30,11 +30,14 @@ func (a *app) storageCreateCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use: "create NAME --mount DIR", Args: exactly(1, "a name"),
 		Short: "Make volumes, attach them, build the array and the filesystem, write the fstab and mdadm.conf lines, mount",
-		Long: `Make N volumes of equal size, attach them, build an md array over them (one
-volume needs none), a filesystem on it, the lines in fstab and mdadm.conf that
-bring it back after a reboot, and mount it. If the pool of the local provider
-is an empty folder, it is made a pool first.`,
-		Example: "  cleancut storage create pg --mount /srv/pg --volumes 4 --size 8G",
+		Long: `Make N volumes of equal size, attach them, join them, make a filesystem on
+that, the lines in fstab and mdadm.conf that bring it back after a reboot, and
+mount it. --level says what joins them: an md array, raid0 or linear (one
+volume needs none), or LVM, the volume group cleancut_NAME with the logical
+volume data, linear (lvm) or striped over all of them (lvm-striped). If the
+pool of the local provider is an empty folder, it is made a pool first.`,
+		Example: `  cleancut storage create pg --mount /srv/pg --volumes 4 --size 8G
+  cleancut storage create pg --mount /srv/pg --level lvm-striped --chunk 256K --fs ext4`,
 		RunE: func(c *cobra.Command, args []string) error {
 			var err1, err2 error
 			o.Name = args[0]
@@ -61,7 +64,7 @@ is an empty folder, it is made a pool first.`,
 				return err
 			}
 			return a.print(res, func() {
-				a.line("%s on %s: %s over %s, mounted", o.Filesystem, o.Mountpoint, orNone(res.Array), strings.Join(res.Devices, " "))
+				a.line("%s on %s: %s over %s, mounted", o.Filesystem, o.Mountpoint, joinedBy(res), strings.Join(res.Devices, " "))
 				for i, v := range res.Volumes {
 					a.line("  %s  volume %s, %s", res.Devices[i], v, o.Size)
 				}
@@ -72,8 +75,8 @@ is an empty folder, it is made a pool first.`,
 	f.StringVar(&o.Mountpoint, "mount", "", "where to mount it (needed)")
 	f.IntVar(&o.Volumes, "volumes", 4, "how many volumes")
 	f.StringVar(&size, "size", "4G", "size of each volume")
-	f.StringVar(&o.Level, "level", "raid0", "raid0 or linear")
-	f.StringVar(&chunk, "chunk", "64K", "chunk size of the stripe")
+	f.StringVar(&o.Level, "level", "raid0", "raid0 or linear (md), lvm or lvm-striped")
+	f.StringVar(&chunk, "chunk", "64K", "chunk size of the stripe, 4K to 1M")
 	f.StringVar(&o.Filesystem, "fs", "xfs", "xfs or ext4")
 	f.StringVar(&options, "mount-options", "noatime", "mount options, comma-separated")
 	tableFlags(c, &o)
@@ -85,11 +88,15 @@ func tableFlags(c *cobra.Command, o *flow.StorageOptions) {
 	c.Flags().StringVar(&o.MdadmConf, "mdadm-conf", "/etc/mdadm/mdadm.conf", "file for the array line")
 }
 
-func orNone(s string) string {
-	if s == "" {
-		return "no array"
+// joinedBy names what joins the volumes.
+func joinedBy(res flow.StorageResult) string {
+	switch {
+	case res.LogicalVolume != "":
+		return res.LogicalVolume + " of volume group " + res.Group
+	case res.Array != "":
+		return res.Array
 	}
-	return s
+	return "no array"
 }
 
 // initPool makes an empty folder a pool.
@@ -123,7 +130,7 @@ func (a *app) storageAttachCommand() *cobra.Command {
 	var o flow.StorageOptions
 	c := &cobra.Command{
 		Use: "attach NAME", Args: exactly(1, "a name"),
-		Short: "Bring storage back after a reboot: attach its volumes, then by the lines in mdadm.conf and fstab assemble and mount",
+		Short: "Bring storage back after a reboot: attach its volumes, then by LVM or the line in mdadm.conf and the one in fstab bring it up and mount",
 		RunE: func(c *cobra.Command, args []string) error {
 			p, err := a.named(c, args[0], &o)
 			if err != nil {
@@ -134,7 +141,7 @@ func (a *app) storageAttachCommand() *cobra.Command {
 				return err
 			}
 			return a.print(res, func() {
-				a.line("%s: %s over %s, mounted", res.Mountpoint, orNone(res.Array), strings.Join(res.Devices, " "))
+				a.line("%s: %s over %s, mounted", res.Mountpoint, joinedBy(res), strings.Join(res.Devices, " "))
 			})
 		},
 	}
@@ -146,7 +153,7 @@ func (a *app) storageDestroyCommand() *cobra.Command {
 	var o flow.StorageOptions
 	c := &cobra.Command{
 		Use: "destroy NAME", Args: exactly(1, "a name"),
-		Short: "Unmount it, stop the array, remove the lines, detach and delete the volumes and all data on them",
+		Short: "Unmount it, stop the array or logical volume, remove the lines, detach and delete the volumes and all data on them",
 		RunE: func(c *cobra.Command, args []string) error {
 			p, err := a.named(c, args[0], &o)
 			if err != nil {

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"cleancut/internal/backup"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -58,6 +60,28 @@ func TestHelpTexts(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestLogicalVolumesAreShown shows a manifest, with the same words in which
+// `topology` shows a running cluster's.
+func TestLogicalVolumesAreShown(t *testing.T) {
+	l := bare(t)
+	manifest, err := os.ReadFile("../../internal/backup/testdata/manifest-v2-lvm.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const id = "20261201T021500Z-a10c4e"
+	dir := filepath.Join(l.catalog, "clusters", "main", "backups", id)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	complete := `{"id": "` + id + `", "manifest_sha256": "` + backup.Digest(manifest) + `", "completed": "2026-12-01T02:15:09Z"}`
+	for name, content := range map[string]string{"manifest.json": string(manifest), "complete.json": complete} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	golden(t, "show-lvm.txt", l.must(t, "show", id, "--cluster", "main").out)
 }
 
 func TestEveryCommandIsKnownToTheHelp(t *testing.T) {

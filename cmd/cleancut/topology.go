@@ -78,6 +78,8 @@ func (a *app) deviceText(d backup.Device, indent string) {
 	switch d.Kind {
 	case backup.DeviceArray:
 		a.line("%s%s  md %s of %d, chunk %s, %s", indent, d.Name, d.Array.Level, len(d.Members), d.Array.ChunkBytes, d.Array.UUID)
+	case backup.DeviceLogicalVolume:
+		a.line("%s%s  %s", indent, d.Name, logicalVolumeText(*d.LogicalVolume, len(d.Members)))
 	case backup.DevicePartition:
 		a.line("%s%s  partition %d, %s", indent, d.Name, d.Partition.Number, d.Size)
 	case backup.DeviceVolume:
@@ -86,4 +88,17 @@ func (a *app) deviceText(d backup.Device, indent string) {
 	for _, m := range d.Members {
 		a.deviceText(m, indent+"  ")
 	}
+}
+
+// logicalVolumeText says how it lies on its group's physical volumes, which
+// are the lines below.
+func logicalVolumeText(lv backup.LogicalVolume, members int) string {
+	how := "linear"
+	if n, size := lv.Stripes(); n > 1 {
+		how = fmt.Sprintf("striped over %d, stripe %s", n, size)
+	}
+	if len(lv.Segments) > 1 {
+		how += ", " + plural(len(lv.Segments), "segment")
+	}
+	return fmt.Sprintf("logical volume %s/%s, %s, group of %s, %s", lv.Group.Name, lv.Name, how, plural(members, "physical volume"), lv.UUID)
 }

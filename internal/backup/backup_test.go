@@ -18,8 +18,10 @@ func TestMembersAreTheVolumesOnceInOrderOfFilesystemsAndSlots(t *testing.T) {
 		topology backup.Topology
 		want     string
 	}{
-		"members of an array in slot order":           {raid0().Topology, "v-7c1e0000@loop0/0#0 v-7c1e0001@loop1/0#1 v-7c1e0002@loop2/0#2 v-7c1e0003@loop3/0#3"},
-		"a volume with two partitions counts once":    {separate().Topology, "vol-0a1b2c3d4e5f60718@nvme1n1/0#0 vol-0b1b2c3d4e5f60719@nvme2n1/1#1 vol-0c1b2c3d4e5f6071a@nvme3n1/3#2"},
+		"members of an array in slot order":        {raid0().Topology, "v-7c1e0000@loop0/0#0 v-7c1e0001@loop1/0#1 v-7c1e0002@loop2/0#2 v-7c1e0003@loop3/0#3"},
+		"a volume with two partitions counts once": {separate().Topology, "vol-0a1b2c3d4e5f60718@nvme1n1/0#0 vol-0b1b2c3d4e5f60719@nvme2n1/1#1 vol-0c1b2c3d4e5f6071a@nvme3n1/3#2"},
+		"physical volumes that several logical volumes share count once, those that none lies on too": {lvm().Topology,
+			"v-3d9a0000@loop0/0#0 v-3d9a0001@loop1/0#1 v-3d9a0002@loop2/0#2 v-3d9a0003@loop3/0#3 v-3d9a0004@loop4/0#4"},
 		"an empty topology has none":                  {backup.Topology{}, ""},
 		"slot order is the array's, not the alphabet": {backup.Topology{Filesystems: []backup.Filesystem{{Device: array("z", "a", "m")}}}, "z@z/0#0 a@a/0#1 m@m/0#2"},
 		"an array of arrays is walked depth first": {backup.Topology{Filesystems: []backup.Filesystem{{
@@ -112,8 +114,8 @@ func TestDecodeManifestRefuses(t *testing.T) {
 	}{
 		"nothing":                            {nil, "cut short"},
 		"a torn file":                        {whole[:len(whole)/2], "cut short"},
-		"a newer version, whatever is in it": {[]byte(`{"version": 2, "nowhere": {"to": "be found"}}`), "version 2"},
-		"no version":                         {replaced(`"version": 1`, `"version": 0`), "no version"},
+		"a newer version, whatever is in it": {[]byte(`{"version": 3, "nowhere": {"to": "be found"}}`), "version 3"},
+		"no version":                         {replaced(`"version": 2`, `"version": 0`), "no version"},
 		"an unknown key":                     {replaced(`"tool":`, `"tol":`), "tol"},
 		"something after the end":            {append(slices.Clone(whole), '}'), "cut short"},
 		"two manifests":                      {append(slices.Clone(whole), whole...), "cut short"},
@@ -134,7 +136,7 @@ func TestDecodeManifestRefuses(t *testing.T) {
 			}
 		})
 	}
-	_, err = backup.DecodeManifest([]byte(`{"version": 2}`))
+	_, err = backup.DecodeManifest([]byte(`{"version": 3}`))
 	if !errors.Is(err, backup.ErrUnsupported) || backup.HintOf(err) == "" {
 		t.Errorf("newer version: got %v (hint %q), want %v with a hint", err, backup.HintOf(err), backup.ErrUnsupported)
 	}
@@ -375,5 +377,34 @@ func TestAVerdictIsGoodWhenSomethingPassedAndNothingFailed(t *testing.T) {
 func TestTheMajorVersion(t *testing.T) {
 	if got := (backup.Server{VersionNum: 150018}).Major(); got != 15 {
 		t.Errorf("got %d, want 15", got)
+	}
+}
+
+func TestALogicalVolumeThatDoesNotHoldTogetherIsRefused(t *testing.T) {
+	for name, change := range map[string]func(*backup.Device){
+		"no physical volumes":                      func(d *backup.Device) { d.LogicalVolume.PhysicalVolumes = nil },
+		"a member without its physical volume":     func(d *backup.Device) { d.Members = d.Members[:1] },
+		"no members at all":                        func(d *backup.Device) { d.Members, d.LogicalVolume.PhysicalVolumes = nil, nil },
+		"no segment":                               func(d *backup.Device) { d.LogicalVolume.Segments = nil },
+		"a segment of another type":                func(d *backup.Device) { d.LogicalVolume.Segments[0].Type = "raid1" },
+		"a segment on a member that is none":       func(d *backup.Device) { d.LogicalVolume.Segments[0].Stripes[1].Member = 3 },
+		"a segment on nothing":                     func(d *backup.Device) { d.LogicalVolume.Segments[0].Stripes = nil },
+		"a linear segment on two":                  func(d *backup.Device) { d.LogicalVolume.Segments[0].Type = backup.SegmentLinear },
+		"a gap before the first segment":           func(d *backup.Device) { d.LogicalVolume.Segments[0].Start = 512 },
+		"a segment of no size":                     func(d *backup.Device) { d.LogicalVolume.Segments[0].Size = 0 },
+		"no group":                                 func(d *backup.Device) { d.LogicalVolume.Group.UUID = "" },
+		"the kind without its description":         func(d *backup.Device) { d.LogicalVolume = nil },
+		"another kind's description beside no own": func(d *backup.Device) { d.Kind = backup.DeviceArray },
+	} {
+		t.Run(name, func(t *testing.T) {
+			top := lvm().Topology
+			change(&top.Filesystems[0].Device)
+			if err := top.Validate(); err == nil {
+				t.Error("got nil, want an error")
+			}
+		})
+	}
+	if err := lvm().Topology.Validate(); err != nil {
+		t.Error(err)
 	}
 }

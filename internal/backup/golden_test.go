@@ -20,7 +20,7 @@ var update = flag.Bool("update", false, "write the golden files of the present m
 // writes. When ManifestVersion rises, its golden files are added beside those
 // of the versions before, which nothing writes any more.
 func TestManifestsLookAsTheyAlwaysDid(t *testing.T) {
-	for name, m := range map[string]backup.Manifest{"raid0": raid0(), "separate": separate()} {
+	for name, m := range map[string]backup.Manifest{"raid0": raid0(), "separate": separate(), "lvm": lvm()} {
 		t.Run(name, func(t *testing.T) {
 			path := filepath.Join("testdata", fmt.Sprintf("manifest-v%d-%s.json", backup.ManifestVersion, name))
 			got, err := backup.EncodeManifest(m)
@@ -52,7 +52,7 @@ func TestManifestsLookAsTheyAlwaysDid(t *testing.T) {
 
 func TestEveryManifestEverWrittenIsReadable(t *testing.T) {
 	paths, err := filepath.Glob("testdata/manifest-v*.json")
-	if err != nil || len(paths) < 2 {
+	if err != nil || len(paths) < 5 {
 		t.Fatalf("golden files: got %v, %v", paths, err)
 	}
 	for _, path := range paths {
@@ -98,7 +98,7 @@ func raid0() backup.Manifest {
 		})
 	}
 	return backup.Manifest{
-		Version: 1, ID: "20261122T211704Z-5f3a9c", Cluster: "main", Tool: "0.1.0", Host: "db1.example.org", Created: at("2026-11-22T21:17:04.46002Z"),
+		Version: backup.ManifestVersion, ID: "20261122T211704Z-5f3a9c", Cluster: "main", Tool: "0.1.0", Host: "db1.example.org", Created: at("2026-11-22T21:17:04.46002Z"),
 		Server: backup.Server{
 			SystemIdentifier: 7442618403113921842, VersionNum: 150018, Version: "15.18 (Debian 15.18-0+deb12u1)", Timeline: 1,
 			BlockSize: 8192, WALBlockSize: 8192, WALSegmentSize: 16 << 20, DataChecksums: true,
@@ -171,7 +171,7 @@ func separate() backup.Manifest {
 	}
 	opts := []string{"rw", "relatime"}
 	return backup.Manifest{
-		Version: 1, ID: "20261123T020009Z-00c0de", Cluster: "shop-eu.prod_1", Tool: "0.1.0+dirty", Host: "ip-10-0-3-17", Created: at("2026-11-23T02:00:12.9Z"),
+		Version: backup.ManifestVersion, ID: "20261123T020009Z-00c0de", Cluster: "shop-eu.prod_1", Tool: "0.1.0+dirty", Host: "ip-10-0-3-17", Created: at("2026-11-23T02:00:12.9Z"),
 		Server: backup.Server{
 			SystemIdentifier: 18446744073709551615, VersionNum: 180001, Version: "18.1", Timeline: 7,
 			BlockSize: 8192, WALBlockSize: 8192, WALSegmentSize: 64 << 20,
@@ -198,4 +198,48 @@ func separate() backup.Manifest {
 		},
 		Snapshots: snaps,
 	}
+}
+
+// lvm has its data striped over two md arrays of two volumes, and its WAL in two
+// linear segments of the same volume group, which has a fifth volume that
+// neither lies on.
+func lvm() backup.Manifest {
+	const size = 16 << 30
+	m := raid0()
+	m.ID, m.SideFiles, m.Topology.NotCovered = "20261201T021500Z-a10c4e", nil, nil
+	m.Snapshots = nil
+	disks := make([]backup.Device, 5)
+	for i := range disks {
+		v := volume(fmt.Sprintf("v-3d9a%04d", i), size)
+		disks[i] = backup.Device{Kind: backup.DeviceVolume, Name: fmt.Sprintf("loop%d", i), Size: size, Volume: v}
+		m.Snapshots = append(m.Snapshots, backup.Snapshot{ID: backup.SnapshotID(fmt.Sprintf("s-77f0%04d", i)), Volume: *v, Member: i,
+			Requested: at("2026-11-22T21:17:04.412018311Z"), Responded: at("2026-11-22T21:17:04.420553902Z")})
+	}
+	pair := func(n int) backup.Device {
+		return backup.Device{Kind: backup.DeviceArray, Name: fmt.Sprintf("md%d", 126+n), Size: 2 * (size - 8<<20), Members: disks[2*n : 2*n+2 : 2*n+2],
+			Array: &backup.Array{UUID: fmt.Sprintf("b36c8f53:8f1a0d02:6f2b9c55:0e9d7b1%d", n), Name: fmt.Sprintf("db1:pair%d", n), Level: "raid0", Metadata: "1.2", ChunkBytes: 64 << 10}}
+	}
+	lv := func(uuid, name string, segments ...backup.Segment) *backup.LogicalVolume {
+		return &backup.LogicalVolume{UUID: uuid, Name: name, Segments: segments,
+			Group:           backup.VolumeGroup{UUID: "nBltJz-pdG8-exz1-t4SU-VOtx-sw3C-EsvfDb", Name: "vg-pg"},
+			PhysicalVolumes: []string{"ay9XqV-w0Dm-fiRs-w5Ba-JQ5a-7np1-EUalxW", "0dE6GZ-1Hkm-6pJT-IS3u-A3mu-VAkh-Wvoo9Z", "pbKA4D-Xh2O-HexR-0TFh-jKuk-41Xv-CyGRhc"}}
+	}
+	on := func(member int, start backup.Bytes) backup.Stripe { return backup.Stripe{Member: member, Start: start} }
+	device := func(name string, lv *backup.LogicalVolume, size backup.Bytes) backup.Device {
+		return backup.Device{Kind: backup.DeviceLogicalVolume, Name: name, Size: size, LogicalVolume: lv, Members: []backup.Device{pair(0), pair(1), disks[4]}}
+	}
+	m.Topology.Filesystems = []backup.Filesystem{
+		{Type: "ext4", UUID: "51111111-2222-4333-8444-555555555555", Label: "pgdata", Mountpoint: "/srv/pg", Options: []string{"noatime", "stripe=32"}, Size: 40 << 30,
+			Device: device("dm-0", lv("l5w4iz-yx16-f7P0-WXce-glZr-CZR7-avDu2u", "data",
+				backup.Segment{Type: backup.SegmentStriped, Size: 40 << 30, StripeBytes: 128 << 10, Stripes: []backup.Stripe{on(0, 1<<20), on(1, 1<<20)}}), 40<<30)},
+		{Type: "xfs", UUID: "61111111-2222-4333-8444-555555555555", Mountpoint: "/srv/wal", Options: []string{"relatime", "inode64"}, Size: 6 << 30,
+			Device: device("dm-1", lv("h46F6X-NTzq-UE67-JYYH-uFLR-9Xx7-97Ttcn", "wal",
+				backup.Segment{Type: backup.SegmentLinear, Size: 4 << 30, Stripes: []backup.Stripe{on(0, 20<<30+1<<20)}},
+				backup.Segment{Type: backup.SegmentLinear, Start: 4 << 30, Size: 2 << 30, Stripes: []backup.Stripe{on(1, 20<<30+1<<20)}}), 6<<30)},
+	}
+	m.Topology.Places = []backup.Place{
+		{Kind: backup.PlaceData, Path: "/srv/pg/15/main", Filesystem: 0, Rel: "15/main"},
+		{Kind: backup.PlaceWAL, Path: "/srv/wal/main", Link: "pg_wal", Filesystem: 1, Rel: "main"},
+	}
+	return m
 }

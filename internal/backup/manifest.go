@@ -11,7 +11,7 @@ import (
 
 // ManifestVersion is the version this program writes. docs/manifest.md
 // describes every version ever written.
-const ManifestVersion = 1
+const ManifestVersion = 2
 
 // Consistency is what a cut achieved; design.md, "two sound ways".
 type Consistency string

@@ -2,8 +2,8 @@ package backup
 
 import "fmt"
 
-// Topology says where a cluster's bytes live: cluster → filesystems → arrays
-// → member devices → volumes.
+// Topology says where a cluster's bytes live: cluster → filesystems → logical
+// volumes and arrays → member devices → volumes.
 type Topology struct {
 	Filesystems []Filesystem `json:"filesystems"`
 	Places      []Place      `json:"places"`
@@ -46,21 +46,26 @@ type DeviceKind string
 
 // The kinds of device.
 const (
-	DeviceArray     DeviceKind = "array"     // md
-	DevicePartition DeviceKind = "partition" // of a volume
-	DeviceVolume    DeviceKind = "volume"    // the provider's
+	DeviceArray         DeviceKind = "array"          // md
+	DeviceLogicalVolume DeviceKind = "logical volume" // LVM
+	DevicePartition     DeviceKind = "partition"      // of a volume
+	DeviceVolume        DeviceKind = "volume"         // the provider's
 )
 
 // Device is a node of the tree under a filesystem. Exactly the field that
 // belongs to Kind is set.
 type Device struct {
-	Kind      DeviceKind `json:"kind"`
-	Name      string     `json:"name"` // the kernel's name when it was looked at: md0, loop3p1
-	Size      Bytes      `json:"size"`
-	Array     *Array     `json:"array,omitempty"`
-	Partition *Partition `json:"partition,omitempty"`
-	Volume    *Volume    `json:"volume,omitempty"`
-	Members   []Device   `json:"members,omitempty"` // in member order; of a partition: the one device it is on
+	Kind          DeviceKind     `json:"kind"`
+	Name          string         `json:"name"` // the kernel's name when it was looked at: md0, dm-3, loop3p1
+	Size          Bytes          `json:"size"`
+	Array         *Array         `json:"array,omitempty"`
+	LogicalVolume *LogicalVolume `json:"logical_volume,omitempty"`
+	Partition     *Partition     `json:"partition,omitempty"`
+	Volume        *Volume        `json:"volume,omitempty"`
+	// Members are in member order; of a partition: the one device it is on; of
+	// a logical volume: every physical volume of its group, those it lies on
+	// first, as LVM cannot bring up a group that lacks one.
+	Members []Device `json:"members,omitempty"`
 }
 
 // Array is the identity of an md array.
@@ -71,6 +76,54 @@ type Array struct {
 	Metadata   string `json:"metadata"`
 	ChunkBytes Bytes  `json:"chunk_bytes"`
 	Layout     int    `json:"layout"`
+}
+
+// LogicalVolume is the identity of a logical volume of LVM and its map.
+type LogicalVolume struct {
+	UUID            string      `json:"uuid"` // LVM's form, seven groups of letters and digits
+	Name            string      `json:"name"`
+	Group           VolumeGroup `json:"group"`
+	PhysicalVolumes []string    `json:"physical_volumes"` // UUID of each of the device's members
+	Segments        []Segment   `json:"segments"`         // in order, without gaps
+}
+
+// VolumeGroup is the identity of a volume group of LVM.
+type VolumeGroup struct {
+	UUID string `json:"uuid"`
+	Name string `json:"name"`
+}
+
+// SegmentType says how a segment of a logical volume lies on its members.
+type SegmentType string
+
+// The types of segment that a cut and a restore keep.
+const (
+	SegmentLinear  SegmentType = "linear"
+	SegmentStriped SegmentType = "striped"
+)
+
+// Segment is a run of a logical volume's bytes.
+type Segment struct {
+	Type        SegmentType `json:"type"`
+	Start       Bytes       `json:"start"` // in the logical volume
+	Size        Bytes       `json:"size"`
+	StripeBytes Bytes       `json:"stripe_bytes,omitempty"` // written to one member before the next has its turn
+	Stripes     []Stripe    `json:"stripes"`                // one for a linear segment
+}
+
+// Stripe is the part of a segment that lies on one member.
+type Stripe struct {
+	Member int   `json:"member"` // index into the device's members
+	Start  Bytes `json:"start"`  // on that member
+}
+
+// Stripes returns on how many members the first segment is striped, and in
+// what size; 1 and 0 for a linear one.
+func (l LogicalVolume) Stripes() (int, Bytes) {
+	if len(l.Segments) == 0 || l.Segments[0].Type != SegmentStriped {
+		return 1, 0
+	}
+	return len(l.Segments[0].Stripes), l.Segments[0].StripeBytes
 }
 
 // Partition is the place of a partition on its volume.
@@ -177,7 +230,7 @@ func (t Topology) Validate() error {
 }
 
 func (d Device) validate(depth int) error {
-	want := map[DeviceKind]bool{DeviceArray: d.Array != nil, DevicePartition: d.Partition != nil, DeviceVolume: d.Volume != nil}
+	want := map[DeviceKind]bool{DeviceArray: d.Array != nil, DeviceLogicalVolume: d.LogicalVolume != nil, DevicePartition: d.Partition != nil, DeviceVolume: d.Volume != nil}
 	switch {
 	case depth > 16:
 		return fmt.Errorf("devices nested deeper than 16")
@@ -185,11 +238,35 @@ func (d Device) validate(depth int) error {
 		return fmt.Errorf("device %s: kind %q without its description", d.Name, d.Kind)
 	case d.Kind == DeviceVolume && len(d.Members) > 0, d.Kind == DevicePartition && len(d.Members) != 1, d.Kind == DeviceArray && len(d.Members) == 0:
 		return fmt.Errorf("device %s: %d members", d.Name, len(d.Members))
+	case d.Kind == DeviceLogicalVolume:
+		if err := d.LogicalVolume.validate(d.Members); err != nil {
+			return fmt.Errorf("device %s: %w", d.Name, err)
+		}
 	}
 	for _, m := range d.Members {
 		if err := m.validate(depth + 1); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+func (l LogicalVolume) validate(members []Device) error {
+	if len(members) == 0 || len(members) != len(l.PhysicalVolumes) || len(l.Segments) == 0 || l.UUID == "" || l.Group.UUID == "" {
+		return fmt.Errorf("logical volume %q of %d segments on %d members, %d physical volumes", l.UUID, len(l.Segments), len(members), len(l.PhysicalVolumes))
+	}
+	var end Bytes
+	for _, s := range l.Segments {
+		if s.Type != SegmentLinear && s.Type != SegmentStriped || s.Start != end || s.Size <= 0 ||
+			len(s.Stripes) == 0 || s.Type == SegmentLinear && len(s.Stripes) > 1 {
+			return fmt.Errorf("segment %+v of logical volume %s", s, l.Name)
+		}
+		for _, st := range s.Stripes {
+			if st.Member < 0 || st.Member >= len(members) {
+				return fmt.Errorf("logical volume %s: segment on member %d of %d", l.Name, st.Member, len(members))
+			}
+		}
+		end += s.Size
 	}
 	return nil
 }

@@ -138,6 +138,11 @@ func (d *diagnosis) capabilities() {
 	}
 }
 
+// systemTools are the programs that some cluster needs.
+func systemTools() []string {
+	return []string{"blkid", "mount", "mdadm", "lvm", "dmsetup", "xfs_repair", "e2fsck"}
+}
+
 func (d *diagnosis) tools() {
 	needs := map[string]Health{"blkid": Bad}
 	if d.For != ForBackup {
@@ -152,8 +157,11 @@ func (d *diagnosis) tools() {
 	if d.Needs.Arrays {
 		needs["mdadm"] = Bad
 	}
+	if d.Needs.LVM {
+		needs["lvm"], needs["dmsetup"] = Bad, Bad
+	}
 	ok := true
-	for _, tool := range []string{"blkid", "mount", "mdadm", "xfs_repair", "e2fsck"} {
+	for _, tool := range systemTools() {
 		pkg, missing := d.Missed[tool]
 		if !missing || needs[tool] == "" {
 			continue

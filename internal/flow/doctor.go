@@ -95,6 +95,7 @@ type Condition struct {
 // Needs is what the clusters to back up or restore ask of a host.
 type Needs struct {
 	Arrays      bool
+	LVM         bool
 	Filesystems []string // types: xfs, ext4
 }
 
@@ -151,7 +152,7 @@ func (f *Flow) Examine(ctx context.Context, o DoctorOptions) (Condition, error) 
 	for _, major := range slices.Sorted(maps.Keys(majors)) {
 		x.Majors = append(x.Majors, f.examineMajor(ctx, major))
 	}
-	for _, tool := range []string{"blkid", "mount", "mdadm", "xfs_repair", "e2fsck"} {
+	for _, tool := range systemTools() {
 		if have, pkg := host.HaveTool(tool); !have {
 			x.Missed[tool] = pkg
 		}
@@ -254,13 +255,14 @@ func (n *Needs) add(t backup.Topology) {
 		if !slices.Contains(n.Filesystems, fs.Type) {
 			n.Filesystems = append(n.Filesystems, fs.Type)
 		}
-		n.Arrays = n.Arrays || hasArray(fs.Device)
+		n.Arrays = n.Arrays || has(fs.Device, backup.DeviceArray)
+		n.LVM = n.LVM || has(fs.Device, backup.DeviceLogicalVolume)
 	}
 	slices.Sort(n.Filesystems)
 }
 
-func hasArray(d backup.Device) bool {
-	return d.Kind == backup.DeviceArray || slices.ContainsFunc(d.Members, hasArray)
+func has(d backup.Device, kind backup.DeviceKind) bool {
+	return d.Kind == kind || slices.ContainsFunc(d.Members, func(m backup.Device) bool { return has(m, kind) })
 }
 
 // examineServer asks the server and looks at what it lies on. It returns the

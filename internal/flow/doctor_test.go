@@ -80,6 +80,8 @@ func TestDiagnoseSaysWhatIsWrongAndHowToMendIt(t *testing.T) {
 		{"no md for a striped backup", flow.ForRestore, func(x *flow.Condition) { x.MD = false }, "md arrays", flow.Bad, "striped", "modprobe md-mod"},
 		{"no md and nothing striped", flow.ForRestore, func(x *flow.Condition) { x.MD, x.Needs.Arrays = false, false }, "md arrays", flow.Healthy, "", ""},
 		{"mdadm missing for a striped cluster", flow.ForBackup, func(x *flow.Condition) { x.Missed = map[string]string{"mdadm": "mdadm"} }, "tool mdadm", flow.Bad, "", "apt install mdadm"},
+		{"lvm missing for a cluster on logical volumes", flow.ForBackup, func(x *flow.Condition) { x.Missed, x.Needs.LVM = map[string]string{"lvm": "lvm2"}, true }, "tool lvm", flow.Bad, "", "apt install lvm2"},
+		{"lvm missing and no logical volume", flow.ForAll, func(x *flow.Condition) { x.Missed = map[string]string{"lvm": "lvm2", "dmsetup": "dmsetup"} }, "system tools", flow.Healthy, "", ""},
 		{"mdadm missing and nothing striped", flow.ForAll, func(x *flow.Condition) { x.Missed, x.Needs.Arrays = map[string]string{"mdadm": "mdadm"}, false }, "system tools", flow.Healthy, "", ""},
 		{"a filesystem checker missing", flow.ForAll, func(x *flow.Condition) { x.Missed = map[string]string{"xfs_repair": "xfsprogs"} }, "tool xfs_repair", flow.Warning, "verify", "apt install xfsprogs"},
 		{"a state folder that cannot be made", flow.ForAll, func(x *flow.Condition) { x.State = backup.Hint(gone, "run as root") }, "state folder", flow.Bad, "gone", "run as root"},

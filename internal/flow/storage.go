@@ -13,7 +13,7 @@ type StorageOptions = storage.Options
 // StorageResult is what was made.
 type StorageResult = storage.Result
 
-// CreateStorage makes volumes, an array, a filesystem, the lines that bring it
+// CreateStorage makes volumes, an array or a logical volume, a filesystem, the lines that bring it
 // back after a reboot, and mounts it. It needs a provider and nothing else.
 func CreateStorage(ctx context.Context, p provider.Provider, o StorageOptions) (StorageResult, error) {
 	return storage.Create(ctx, p, o)

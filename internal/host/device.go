@@ -18,9 +18,8 @@ import (
 type Resolve func(ctx context.Context, device string) (backup.Volume, error)
 
 // Tree describes the block device with that number down to the volumes. What
-// it cannot vouch for is refused by name: an error that wraps ErrUnsupported
-// or, where it is planned, ErrNotThere. A leaf that resolve does not know is
-// refused too.
+// it cannot vouch for is refused by name: an error that wraps ErrUnsupported.
+// A leaf that resolve does not know is refused too.
 func Tree(ctx context.Context, major, minor int, resolve Resolve) (backup.Device, error) {
 	if major == 0 { // Documentation/admin-guide/devices.txt: unnamed devices
 		return backup.Device{}, fmt.Errorf("not on a block device of its own (overlay, btrfs, tmpfs, network, …; xfs and ext4 are done so far): %w", backup.ErrUnsupported)
@@ -47,6 +46,9 @@ func treeAt(ctx context.Context, dir string, resolve Resolve) (backup.Device, er
 		// A provider may show its volumes as device-mapper devices.
 		v, err := resolve(ctx, "/dev/"+d.Name)
 		if errors.Is(err, backup.ErrNotFound) {
+			if uuid := volumeUUID.FindStringSubmatch(readString(dir, "dm/uuid")); uuid != nil {
+				return logicalTree(ctx, d, uuid, resolve)
+			}
 			return d, refuseDM(dir, d.Name)
 		}
 		if err != nil {
@@ -84,6 +86,9 @@ func partitionTree(ctx context.Context, dir string, d backup.Device, resolve Res
 	if err != nil {
 		return d, err
 	}
+	if err := refuseBelow(d, whole); err != nil {
+		return d, err
+	}
 	d.Kind = backup.DevicePartition
 	d.Partition = &backup.Partition{Number: int(number), Start: backup.Bytes(start * 512), Size: d.Size}
 	d.Members = []backup.Device{whole}
@@ -91,12 +96,8 @@ func partitionTree(ctx context.Context, dir string, d backup.Device, resolve Res
 }
 
 func refuseDM(dir, name string) error {
-	uuid, _ := os.ReadFile(filepath.Join(dir, "dm/uuid"))
-	label, _ := os.ReadFile(filepath.Join(dir, "dm/name"))
-	if strings.HasPrefix(string(uuid), "LVM-") {
-		return fmt.Errorf("%s (%s) is a logical volume; LVM: %w", name, strings.TrimSpace(string(label)), backup.ErrNotThere)
-	}
-	return fmt.Errorf("%s (%s) is a device mapper device (cache, crypt, thin, …): %w", name, strings.TrimSpace(string(label)), backup.ErrUnsupported)
+	return fmt.Errorf("%s (%s) is a device mapper device that is neither a volume of the provider nor LVM's (cache, crypt, …): %w",
+		name, readString(dir, "dm/name"), backup.ErrUnsupported)
 }
 
 // arrayTree follows the kernel's Documentation/admin-guide/md.rst.
@@ -140,6 +141,9 @@ func arrayTree(ctx context.Context, dir string, d backup.Device, resolve Resolve
 		m, err := treeAt(ctx, block, resolve)
 		if err != nil {
 			return d, fmt.Errorf("member of %s: %w", d.Name, err)
+		}
+		if err := refuseBelow(d, m); err != nil {
+			return d, err
 		}
 		d.Members = append(d.Members, m)
 	}

@@ -15,35 +15,107 @@ import (
 )
 
 // Release takes away everything that stands on the given whole devices:
-// mounts first, then arrays, so that the devices can be detached. An array
-// that also holds a device not in the list is not touched: ErrNotOurs.
-// Nothing there: nil.
+// mounts first, then arrays and logical volumes, uppermost first, so that the
+// devices can be detached. What also stands on a device not in the list is not
+// touched: ErrNotOurs. Nothing there: nil.
 func Release(ctx context.Context, devices []string) error {
 	blocks, err := withPartitions(devices)
 	if err != nil {
 		return err
 	}
-	arrays, err := arraysHolding(blocks)
-	if err != nil {
+	for range 5 { // udev, which saw the devices come, may activate a group once more
+		above, err := standingOn(blocks)
+		if err != nil {
+			return err
+		}
+		if err := releaseAll(ctx, above, blocks); err != nil || len(above) == 0 {
+			return err
+		}
+	}
+	return nil
+}
+
+func releaseAll(ctx context.Context, above, blocks []string) (err error) {
+	if err := allOn(above, blocks); err != nil {
 		return err
 	}
-	for _, md := range arrays {
-		held, err := membersOf(md)
+	if err := unmountAll(ctx, append(slices.Clone(above), blocks...)); err != nil {
+		return err
+	}
+	for _, dev := range above {
+		if exists("/sys/block", filepath.Base(dev), "md") {
+			err = StopArray(ctx, dev)
+		} else {
+			err = removeVolume(ctx, dev)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// standingOn returns the arrays and logical volumes that stand on any of the
+// blocks, also on one another, by the kernel's lists of holders; each before
+// those that it stands on.
+func standingOn(blocks []string) ([]string, error) {
+	var out []string
+	seen := map[string]bool{}
+	var visit func(block string) error
+	visit = func(block string) error {
+		holders, err := os.ReadDir(filepath.Join("/sys/class/block", filepath.Base(block), "holders"))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("holders of %s: %w", block, err)
+		}
+		for _, h := range holders {
+			dev := "/dev/" + h.Name()
+			if seen[dev] || !exists("/sys/block", h.Name(), "md") && !volumeUUID.MatchString(dmUUID(dev)) {
+				continue
+			}
+			seen[dev] = true
+			if err := visit(dev); err != nil {
+				return err
+			}
+			out = append(out, dev)
+		}
+		return nil
+	}
+	for _, b := range blocks {
+		if err := visit(b); err != nil {
+			return nil, err
+		}
+	}
+	slices.SortStableFunc(out, func(a, b string) int { return heightOf(b, 0) - heightOf(a, 0) })
+	return out, nil
+}
+
+// heightOf is how many layers of devices are below one.
+func heightOf(dev string, over int) int {
+	high := 0
+	if below, err := membersOf(dev); err == nil && over < 16 {
+		for _, b := range below {
+			high = max(high, 1+heightOf(b, over+1))
+		}
+	}
+	return high
+}
+
+// allOn demands that each of above stands on blocks and on one another alone.
+func allOn(above, blocks []string) error {
+	for _, dev := range above {
+		held, err := membersOf(dev)
 		if err != nil {
 			return err
 		}
 		for _, h := range held {
-			if !slices.Contains(blocks, h) {
-				return fmt.Errorf("array %s also holds %s: %w", md, h, backup.ErrNotOurs)
+			if slices.Contains(blocks, h) || slices.Contains(above, h) {
+				continue
 			}
-		}
-	}
-	if err := unmountAll(ctx, append(slices.Clone(arrays), blocks...)); err != nil {
-		return err
-	}
-	for _, md := range arrays {
-		if err := StopArray(ctx, md); err != nil {
-			return err
+			if exists("/sys/block", filepath.Base(dev), "md") {
+				return fmt.Errorf("array %s also holds %s: %w", dev, h, backup.ErrNotOurs)
+			}
+			return backup.Hint(fmt.Errorf("logical volume %s (%s) also stands on %s: %w", readString("/sys/block", filepath.Base(dev), "dm/name"), dev, h, backup.ErrNotOurs),
+				"something activated a mixture of two sets; take it down by `dmsetup remove`, and put `event_activation = 0` into lvm.conf on restore hosts")
 		}
 	}
 	return nil

@@ -21,6 +21,11 @@ import (
 // When ctx ends the tool gets SIGTERM, then, two seconds later, SIGKILL: a
 // tool that holds kernel state must have its chance to leave it consistent.
 func Run(ctx context.Context, tool string, args ...string) ([]byte, error) {
+	return runWith(ctx, nil, tool, args...)
+}
+
+// runWith is Run with variables added to the tool's environment.
+func runWith(ctx context.Context, env []string, tool string, args ...string) ([]byte, error) {
 	point := "host." + tool
 	if err := fault.Point(ctx, point); err != nil {
 		return nil, err
@@ -32,7 +37,7 @@ func Run(ctx context.Context, tool string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 2 * time.Second
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	cmd.Env = append(append(os.Environ(), "LC_ALL=C"), env...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {
@@ -69,6 +74,10 @@ func packageOf(tool string) string {
 	switch {
 	case tool == "mdadm":
 		return "mdadm"
+	case tool == "lvm":
+		return "lvm2"
+	case tool == "dmsetup":
+		return "dmsetup"
 	case strings.Contains(tool, "xfs"):
 		return "xfsprogs"
 	case tool == "e2fsck", strings.Contains(tool, "ext4"):

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"sort"
 	"strconv"
+	"strings"
 	"sync"
 
 	"cleancut/internal/backup"
@@ -127,6 +128,8 @@ func build(ctx context.Context, d backup.Device, id backup.ID, devices map[backu
 			return "", err
 		}
 		return host.AssembleArray(ctx, members, copyUUID(id, d.Array.UUID))
+	case backup.DeviceLogicalVolume:
+		return host.ImportVolume(ctx, members, *d.LogicalVolume, groupName(id, d.LogicalVolume.Group.UUID))
 	}
 	return "", fmt.Errorf("device kind %q: %w", d.Kind, backup.ErrUnsupported)
 }
@@ -154,6 +157,13 @@ func copyUUID(id backup.ID, original string) string {
 	sum := sha256.Sum256([]byte(string(id) + original))
 	h := hex.EncodeToString(sum[:16])
 	return h[:8] + ":" + h[8:16] + ":" + h[16:24] + ":" + h[24:]
+}
+
+// groupName is the volume group's name in the copy: another for every copy and
+// group, the same when the step is run again. LVM makes the new UUID.
+func groupName(id backup.ID, original string) string {
+	sum := sha256.Sum256([]byte(original))
+	return "cleancut_copy_" + strings.ReplaceAll(string(id), "-", "_") + "_" + hex.EncodeToString(sum[:3])
 }
 
 // mount mounts every filesystem below the copy's root, outer ones first, with

@@ -13,18 +13,33 @@ import (
 )
 
 // Undo removes everything of a copy in reverse: the server, the mounts, the
-// arrays, the attachments, the volumes, the folders. It goes by the tags that
+// logical volumes and arrays, the attachments, the volumes, the folders. It goes by the tags that
 // the provider confirms, not by what the ledger hopes for, so it also works
 // after a crash in the middle of Run and may be called again. What it cannot
 // remove is in the error, which then wraps backup.ErrLeft.
 func Undo(ctx context.Context, p Provider, c backup.Copy) error {
+	var err error
+	for range 3 { // udev may bring an array or a group up once more before its volumes are detached
+		var again bool
+		if again, err = undoVolumes(ctx, p, c); !again {
+			break
+		}
+	}
+	if err != nil {
+		return err
+	}
+	return removeFolders(c)
+}
+
+// undoVolumes also says whether a volume was in use when it was to be detached.
+func undoVolumes(ctx context.Context, p Provider, c backup.Copy) (again bool, err error) {
 	inv, err := p.List(ctx, c.Tags())
 	if err != nil {
-		return fmt.Errorf("volumes of copy %s: %w: %w", c.ID, backup.ErrLeft, err)
+		return false, fmt.Errorf("volumes of copy %s: %w: %w", c.ID, backup.ErrLeft, err)
 	}
 	if c.Root != "" {
 		if err := postgres.Kill(ctx, c.Root); err != nil {
-			return fmt.Errorf("%w: %w", backup.ErrLeft, err)
+			return false, fmt.Errorf("%w: %w", backup.ErrLeft, err)
 		}
 	}
 	var devices []string
@@ -34,11 +49,12 @@ func Undo(ctx context.Context, p Provider, c backup.Copy) error {
 		}
 	}
 	if err := host.Release(ctx, devices); err != nil {
-		return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, err)
+		return false, fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, err)
 	}
 	var errs []error
 	for _, v := range inv.Volumes {
 		if err := p.Detach(ctx, v.ID); err != nil {
+			again = again || errors.Is(err, backup.ErrInUse) && ctx.Err() == nil
 			errs = append(errs, fmt.Errorf("detach %s: %w", v.ID, err))
 			continue
 		}
@@ -47,9 +63,9 @@ func Undo(ctx context.Context, p Provider, c backup.Copy) error {
 		}
 	}
 	if len(errs) > 0 {
-		return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, errors.Join(errs...))
+		return again, fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, errors.Join(errs...))
 	}
-	return removeFolders(c)
+	return false, nil
 }
 
 // removeFolders removes the private folder and the mount points, and nothing

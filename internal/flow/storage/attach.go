@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"cleancut/internal/backup"
@@ -13,7 +14,8 @@ import (
 )
 
 // Attach brings storage back that Create made, as after a reboot: it attaches
-// the volumes, and the lines in mdadm.conf and fstab do the rest. What stands
+// the volumes, and the lines in mdadm.conf and fstab do the rest; a volume group
+// is found on the volumes themselves. What stands
 // already is left as it is, so it may be called again. Name, Host and the two
 // files of o are needed.
 func Attach(ctx context.Context, p provider.Provider, o Options) (res Result, err error) {
@@ -25,7 +27,7 @@ func Attach(ctx context.Context, p provider.Provider, o Options) (res Result, er
 		return res, fmt.Errorf("storage %s of host %s: %w", o.Name, o.Host, backup.ErrNotFound)
 	}
 	slices.SortFunc(inv.Volumes, func(a, b provider.Volume) int {
-		return strings.Compare(a.Tags[backup.TagMember], b.Tags[backup.TagMember])
+		return memberOf(a) - memberOf(b)
 	})
 	for _, v := range inv.Volumes {
 		dev, err := p.Attach(ctx, v.ID)
@@ -40,12 +42,21 @@ func Attach(ctx context.Context, p provider.Provider, o Options) (res Result, er
 	return res, mountByTable(ctx, o, &res)
 }
 
+// memberOf is the volume's place; Create tagged it.
+func memberOf(v provider.Volume) int {
+	n, err := strconv.Atoi(v.Tags[backup.TagMember])
+	if err != nil {
+		return -1
+	}
+	return n
+}
+
 // assembleByTable leaves it to mdadm and the line in mdadm.conf, unless udev
 // has done it by then.
 func assembleByTable(ctx context.Context, o Options, res *Result) error {
 	line, err := host.LineOf(o.MdadmConf, o.Name)
 	if errors.Is(err, backup.ErrNotFound) {
-		return nil // one volume, no array
+		return activateGroup(ctx, o, res) // one volume, or LVM
 	}
 	if err != nil {
 		return err
@@ -73,6 +84,17 @@ func assembleByTable(ctx context.Context, o Options, res *Result) error {
 	}
 	res.Array = arrays[0]
 	return nil
+}
+
+// activateGroup brings up the volume group, if the volumes carry one.
+func activateGroup(ctx context.Context, o Options, res *Result) error {
+	id, err := host.Identify(ctx, res.Devices[0])
+	if err != nil || id.Type != "LVM2_member" {
+		return err
+	}
+	res.LogicalVolume, err = host.ActivateGroup(ctx, res.Devices)
+	res.Group = o.group()
+	return err
 }
 
 func mountByTable(ctx context.Context, o Options, res *Result) error {

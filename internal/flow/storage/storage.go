@@ -2,7 +2,7 @@
 // array over them, a filesystem on it, the lines that bring it back after a
 // reboot.
 //
-//	volumes → attach → array → filesystem → fstab, mdadm.conf → mount
+//	volumes → attach → array or logical volume → filesystem → fstab, mdadm.conf → mount
 //
 // What always holds: Destroy finds what Create made by the tags on the
 // volumes, removes nothing else, and can be run again.
@@ -21,15 +21,27 @@ import (
 	"cleancut/internal/provider"
 )
 
+// The levels: what joins the volumes. The first two are md arrays, the others
+// a volume group of LVM with one logical volume.
+const (
+	LevelRAID0      = "raid0"
+	LevelLinear     = "linear"
+	LevelLVM        = "lvm"         // linear
+	LevelLVMStriped = "lvm-striped" // over all volumes
+)
+
+// logicalVolume is the name of the logical volume in its group.
+const logicalVolume = "data"
+
 // Options describes the storage to make or destroy.
 type Options struct {
 	Name         string
 	Host         string
 	Volumes      int
 	Size         backup.Bytes // of each volume
-	Level        string       // raid0 or linear; one volume needs no array
-	Chunk        backup.Bytes
-	Filesystem   string // xfs, ext4
+	Level        string       // one volume needs no array, but has a logical volume if that is asked for
+	Chunk        backup.Bytes // of a stripe: a power of two, 4 KiB to 1 MiB
+	Filesystem   string       // xfs, ext4
 	Mountpoint   string
 	MountOptions []string
 	Fstab        string // file to add the line to
@@ -38,18 +50,25 @@ type Options struct {
 
 // Result is what Create made.
 type Result struct {
-	Volumes    []backup.VolumeID `json:"volumes"`
-	Devices    []string          `json:"devices"`
-	Array      string            `json:"array,omitempty"`
-	ArrayUUID  string            `json:"array_uuid,omitempty"`
-	Filesystem string            `json:"filesystem_uuid"`
-	Mountpoint string            `json:"mountpoint"`
+	Volumes       []backup.VolumeID `json:"volumes"`
+	Devices       []string          `json:"devices"`
+	Array         string            `json:"array,omitempty"`
+	ArrayUUID     string            `json:"array_uuid,omitempty"`
+	LogicalVolume string            `json:"logical_volume,omitempty"` // its device
+	Group         string            `json:"volume_group,omitempty"`
+	Filesystem    string            `json:"filesystem_uuid"`
+	Mountpoint    string            `json:"mountpoint"`
 }
 
 // Tags is what the volumes of this storage carry.
 func (o Options) Tags() backup.Tags {
 	return backup.Tags{backup.TagStorage: o.Name, backup.TagHost: o.Host}
 }
+
+// group is the name of its volume group, if it has one.
+func (o Options) group() string { return "cleancut_" + o.Name }
+
+func (o Options) isLVM() bool { return o.Level == LevelLVM || o.Level == LevelLVMStriped }
 
 func (o Options) check() error {
 	if err := backup.CheckClusterName(o.Name); err != nil {
@@ -60,8 +79,10 @@ func (o Options) check() error {
 		return fmt.Errorf("%w: %d volumes: want 1 to 64", backup.ErrUsage, o.Volumes)
 	case o.Size < 320<<20:
 		return fmt.Errorf("%w: volumes of %s: XFS wants at least 320 MiB", backup.ErrUsage, o.Size)
-	case o.Volumes > 1 && o.Level != "raid0" && o.Level != "linear":
-		return fmt.Errorf("%w: level %q: raid0 or linear", backup.ErrUsage, o.Level)
+	case o.Level != LevelRAID0 && o.Level != LevelLinear && !o.isLVM() && (o.Volumes > 1 || o.Level != ""):
+		return fmt.Errorf("%w: level %q: raid0, linear, lvm or lvm-striped", backup.ErrUsage, o.Level)
+	case (o.Level == LevelRAID0 || o.Level == LevelLVMStriped) && o.Volumes > 1 && (o.Chunk < 4<<10 || o.Chunk > 1<<20 || o.Chunk&(o.Chunk-1) != 0):
+		return fmt.Errorf("%w: chunk of %s: want a power of two from 4K to 1M", backup.ErrUsage, o.Chunk)
 	case !filepath.IsAbs(o.Mountpoint) || filepath.Clean(o.Mountpoint) == "/":
 		return fmt.Errorf("%w: mount point %q: want an absolute path", backup.ErrUsage, o.Mountpoint)
 	case o.Filesystem != "xfs" && o.Filesystem != "ext4":
@@ -107,7 +128,15 @@ func Create(ctx context.Context, p provider.Provider, o Options) (res Result, er
 
 func format(ctx context.Context, o Options, res *Result) error {
 	device := res.Devices[0]
-	if len(res.Devices) > 1 {
+	switch {
+	case o.isLVM():
+		var err error
+		device, err = host.CreateGroup(ctx, host.GroupSpec{Group: o.group(), Volume: logicalVolume, Striped: o.Level == LevelLVMStriped, Stripe: o.Chunk, Devices: res.Devices})
+		if err != nil {
+			return err
+		}
+		res.LogicalVolume, res.Group = device, o.group()
+	case len(res.Devices) > 1:
 		array, err := host.CreateArray(ctx, host.ArraySpec{Name: o.Name, Level: o.Level, Chunk: o.Chunk, Members: res.Devices})
 		if err != nil {
 			return err
@@ -137,7 +166,7 @@ func format(ctx context.Context, o Options, res *Result) error {
 }
 
 func label(name string) string {
-	if len(name) > 12 { // XFS labels have at most 12 characters
+	if len(name) > 12 { // XFS labels have at most 12 characters, ext4's 16
 		return name[:12]
 	}
 	return name
@@ -146,9 +175,25 @@ func label(name string) string {
 // Destroy removes the storage and everything on it. Its volumes must not be
 // in use beyond their own mount: a server on it is not stopped.
 func Destroy(ctx context.Context, p provider.Provider, o Options) error {
-	inv, err := p.List(ctx, o.Tags())
+	var err error
+	for range 3 { // udev may bring an array or a group up once more before its volumes are detached
+		var again bool
+		if again, err = destroyVolumes(ctx, p, o); !again {
+			break
+		}
+	}
 	if err != nil {
 		return err
+	}
+	return errors.Join(host.RemoveLine(o.Fstab, o.Name), host.RemoveLine(o.MdadmConf, o.Name))
+}
+
+// destroyVolumes also says whether a volume was in use when it was to be
+// detached.
+func destroyVolumes(ctx context.Context, p provider.Provider, o Options) (again bool, err error) {
+	inv, err := p.List(ctx, o.Tags())
+	if err != nil {
+		return false, err
 	}
 	var devices []string
 	for _, v := range inv.Volumes {
@@ -157,12 +202,13 @@ func Destroy(ctx context.Context, p provider.Provider, o Options) error {
 		}
 	}
 	if err := host.Release(ctx, devices); err != nil {
-		return backup.Hint(err, "stop what uses it first")
+		return false, backup.Hint(err, "stop what uses it first")
 	}
 	var errs []error
 	for _, v := range inv.Volumes {
-		errs = append(errs, p.Detach(ctx, v.ID), p.DeleteVolume(ctx, v.ID, o.Tags()))
+		err := p.Detach(ctx, v.ID)
+		again = again || errors.Is(err, backup.ErrInUse) && ctx.Err() == nil
+		errs = append(errs, err, p.DeleteVolume(ctx, v.ID, o.Tags()))
 	}
-	errs = append(errs, host.RemoveLine(o.Fstab, o.Name), host.RemoveLine(o.MdadmConf, o.Name))
-	return errors.Join(errs...)
+	return again, errors.Join(errs...)
 }
