@@ -34,7 +34,7 @@ const (
 const binaryVariable = "CLEANCUT_TEST_BINARY"
 
 // guestLimit is when a guest is given up, and lastWords how much earlier the
-// test in it ends with the stacks of its goroutines. A test of minutes gets
+// test in it ends, at most, with the stacks of its goroutines. A test gets
 // there only if something hangs; go test's own limit is for all of a package.
 const (
 	guestLimit = 40 * time.Minute
@@ -84,7 +84,7 @@ func runInGuest(t *testing.T) {
 	}
 	env := []string{"PATH=" + os.Getenv("PATH"), "HOME=/root", "LANG=C.UTF-8", binaryVariable + "=" + Binary(t)}
 	var out bytes.Buffer
-	guest := uml.Guest{Args: []string{exe, "-test.run=^" + t.Name() + "$", "-test.v", "-test.timeout=" + (timeout - lastWords).String()},
+	guest := uml.Guest{Args: []string{exe, "-test.run=^" + t.Name() + "$", "-test.v", "-test.timeout=" + (timeout - min(lastWords, timeout/10)).String()},
 		Env: env, Dir: dir, Scratch: 24 << 30, Stdout: &out, Stderr: &out, Timeout: timeout}
 	code, err := guest.Run(t.Context())
 	if errors.Is(err, uml.ErrHung) { // the runner's trouble, not the test's; a second time it is reported
