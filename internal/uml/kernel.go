@@ -1,12 +1,14 @@
 package uml
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
+	"strings"
 	"syscall"
 	"time"
 
@@ -89,6 +91,23 @@ func (k *kernel) awaitAndKill() {
 // kill ends all processes of the guest at once.
 func (k *kernel) kill() {
 	_ = syscall.Kill(-k.pid, syscall.SIGKILL) // no such group: that is what is wanted
+}
+
+// wake gives the kernel a timer interrupt.
+func (k *kernel) wake() { _ = syscall.Kill(k.pid, syscall.SIGALRM) } // gone: wait tells
+
+// doing says what the kernel's process is doing, as far as the host sees it.
+func (k *kernel) doing() string {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", k.pid))
+	if err != nil {
+		return err.Error()
+	}
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:])) // proc_pid_stat(5), from field 3 on
+	wchan, _ := os.ReadFile(fmt.Sprintf("/proc/%d/wchan", k.pid))
+	if len(fields) < 13 {
+		return string(stat)
+	}
+	return fmt.Sprintf("in state %s, in %s, with %s+%s ticks of processor time", fields[0], wchan, fields[11], fields[12])
 }
 
 // wait returns the end of the kernel, which it brings about when ctx ends. Then some helpers may not be gone yet: they belong to the

@@ -175,3 +175,52 @@ func TestAnOrdinaryUserOfTheHostIsRootInTheGuest(t *testing.T) {
 		t.Errorf("as nobody: %v\n%s", err, out)
 	}
 }
+
+func TestATimerInterruptTooManyDoesNoHarm(t *testing.T) {
+	if testing.Short() {
+		t.Skip("needs a guest: run `make test`")
+	}
+	t.Parallel()
+	dir := t.TempDir()
+	out := &firstLine{at: make(chan struct{})}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := uml.Guest{Args: sh("echo up; sleep 2; echo slept"), ScratchDir: dir, Stdout: out, Stderr: io.Discard, Timeout: 5 * time.Minute}.Run(t.Context())
+		ended <- err
+	}()
+	<-out.at
+	kernel := ofOurs(t, dir)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for sent := 0; ; {
+		select {
+		case err := <-ended:
+			if err != nil || sent < 100 {
+				t.Errorf("got error %v after %d interrupts", err, sent)
+			}
+			return
+		case <-tick.C:
+			if syscall.Kill(kernel, syscall.SIGALRM) == nil {
+				sent++
+			}
+		}
+	}
+}
+
+// ofOurs returns the process of the one kernel that this process started in dir.
+func ofOurs(t *testing.T, dir string) int {
+	t.Helper()
+	for _, p := range processes(dir) {
+		var pid, parent int
+		if _, err := fmt.Sscanf(p, "/proc/%d/", &pid); err != nil {
+			t.Fatal(err)
+		}
+		stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		_, rest, _ := bytes.Cut(stat, []byte(") "))
+		if _, err := fmt.Sscanf(string(rest), "%1s %d", new(string), &parent); err == nil && parent == os.Getpid() && strings.Contains(p, "linux.uml") {
+			return pid
+		}
+	}
+	t.Fatalf("no kernel of ours among %q", processes(dir))
+	return 0
+}

@@ -37,7 +37,8 @@ const (
 	leastMemory   = 64 << 20 // below that the kernel does not come to its init
 	bootLimit     = 3 * time.Minute
 	pollEvery     = 50 * time.Millisecond
-	hungAfter     = 5 * time.Minute // without a sign of life, which comes every two seconds
+	wakeAfter     = 30 * time.Second // without a sign of life, which comes every two seconds
+	hungAfter     = 5 * time.Minute
 	lookEvery     = 5 * time.Second
 	lastQuestion  = 10 * time.Second // for the guest to say which tasks are blocked
 )
@@ -124,7 +125,7 @@ func (x *exchange) run(ctx context.Context, g Guest) (int, error) {
 		}
 	})
 	defer booting.Stop()
-	go x.watch(ctx, abort)
+	go x.watch(ctx, k, abort)
 	out.start(func(err error) { abort(fmt.Errorf("pass on output: %w", err)) })
 	end := k.wait(ctx)
 	if err := out.stop(); err != nil {
@@ -143,11 +144,15 @@ func (x *exchange) run(ctx context.Context, g Guest) (int, error) {
 	return 0, fmt.Errorf("%w (%w)%s", err, end, x.consoleTail())
 }
 
-// watch looks for the guest's sign of life and ends a guest that hangs.
-func (x *exchange) watch(ctx context.Context, abort func(error)) {
+// watch looks for the guest's sign of life, wakes a guest that stands still and ends one that cannot be woken.
+//
+// A guest's kernel lives by the SIGALRM of a one-shot timer, which each of them sets anew (arch/um/os-Linux/time.c): if one is lost, as
+// on a busy host, its clock and with it all that waits for a time stands still for ever. One more from outside is as good as the lost one.
+func (x *exchange) watch(ctx context.Context, k *kernel, abort func(error)) {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
 	var seen, since time.Time
+	var found string // what the kernel did when it was first woken
 	for {
 		select {
 		case <-ctx.Done():
@@ -155,17 +160,38 @@ func (x *exchange) watch(ctx context.Context, abort func(error)) {
 		case now := <-tick.C:
 			info, err := os.Stat(x.path("alive"))
 			if err != nil || !info.ModTime().Equal(seen) || since.IsZero() { // not there before the program is started
-				since = now
+				if found != "" {
+					x.note(fmt.Sprintf("the guest's kernel stood still for %v (%s) and was woken", now.Sub(since).Round(time.Second), found))
+				}
+				since, found = now, ""
 				if err == nil {
 					seen = info.ModTime()
 				}
 			}
-			if now.Sub(since) > hungAfter && x.started() {
-				abort(fmt.Errorf("%w: no sign of life for %v%s", ErrHung, hungAfter, x.consoleTail()))
+			silent := now.Sub(since)
+			if silent <= wakeAfter || !x.started() {
+				continue
+			}
+			if silent > hungAfter {
+				abort(fmt.Errorf("%w: no sign of life for %v, it was %s%s", ErrHung, hungAfter, found, x.consoleTail()))
 				return
 			}
+			if found == "" {
+				found = k.doing()
+			}
+			k.wake()
 		}
 	}
+}
+
+// note tells whoever reads the program's standard error.
+func (x *exchange) note(text string) {
+	f, err := os.OpenFile(x.path("stderr"), os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	fmt.Fprintln(f, "umlrun: "+text)
 }
 
 // blocked asks the guest which of its tasks are blocked and returns the end of its console.
