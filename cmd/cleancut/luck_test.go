@@ -292,7 +292,7 @@ func TestBadLuckOfARestore(t *testing.T) {
 	})
 	run("the manifest is of a newer version", func(t *testing.T) {
 		p.edited(t, id, "manifest.json", func(b []byte) []byte {
-			return []byte(strings.Replace(string(b), `"version": 2`, `"version": 3, "new": true`, 1))
+			return []byte(strings.Replace(string(b), `"version": 3`, `"version": 4, "new": true`, 1))
 		}, func() {
 			restore(t, p.lab).refused(t, 1, "manifest version 3", "reads up to 2", "or a newer one")
 			p.leavesAlone(t, id, "unreadable", "manifest version 3")

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -67,6 +68,33 @@ func TestTheFilesystemWithTheWALIsFrozenLast(t *testing.T) {
 	}
 }
 
+func TestFilesystemsThatShareAVolumeAreOneUnit(t *testing.T) {
+	for name, test := range map[string]struct {
+		topology backup.Topology
+		want     [][]int
+		members  [][]int
+	}{
+		"a stripe":                        {raid0().Topology, [][]int{{0}}, [][]int{{0, 1, 2, 3}}},
+		"two partitions of one volume":    {separate().Topology, [][]int{{0, 2}, {3}, {1}}, [][]int{{0}, {2}, {1}}},
+		"two volumes of one volume group": {lvm().Topology, [][]int{{0, 1}}, [][]int{{0, 1, 2, 3, 4}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			units := test.topology.Units()
+			var members [][]int
+			for _, u := range units {
+				var of []int
+				for _, m := range test.topology.MembersOf(u) {
+					of = append(of, m.Index)
+				}
+				members = append(members, of)
+			}
+			if !reflect.DeepEqual(units, test.want) || !reflect.DeepEqual(members, test.members) {
+				t.Errorf("got %v on members %v, want %v on %v", units, members, test.want, test.members)
+			}
+		})
+	}
+}
+
 func TestASetNeedsOneSnapshotForEachMemberAndNoneBeside(t *testing.T) {
 	members := raid0().Topology.Members()
 	for name, change := range map[string]func([]backup.Snapshot) []backup.Snapshot{
@@ -115,7 +143,7 @@ func TestDecodeManifestRefuses(t *testing.T) {
 		"nothing":                            {nil, "cut short"},
 		"a torn file":                        {whole[:len(whole)/2], "cut short"},
 		"a newer version, whatever is in it": {[]byte(`{"version": 3, "nowhere": {"to": "be found"}}`), "version 3"},
-		"no version":                         {replaced(`"version": 2`, `"version": 0`), "no version"},
+		"no version":                         {replaced(`"version": 3`, `"version": 0`), "no version"},
 		"an unknown key":                     {replaced(`"tool":`, `"tol":`), "tol"},
 		"something after the end":            {append(slices.Clone(whole), '}'), "cut short"},
 		"two manifests":                      {append(slices.Clone(whole), whole...), "cut short"},
@@ -136,7 +164,7 @@ func TestDecodeManifestRefuses(t *testing.T) {
 			}
 		})
 	}
-	_, err = backup.DecodeManifest([]byte(`{"version": 3}`))
+	_, err = backup.DecodeManifest([]byte(`{"version": 4}`))
 	if !errors.Is(err, backup.ErrUnsupported) || backup.HintOf(err) == "" {
 		t.Errorf("newer version: got %v (hint %q), want %v with a hint", err, backup.HintOf(err), backup.ErrUnsupported)
 	}
@@ -151,6 +179,11 @@ func TestEncodeManifestWritesNothingThatCannotBeRead(t *testing.T) {
 		"no consistency":      func(m *backup.Manifest) { m.Cut.Achieved = "" },
 		"no filesystem":       func(m *backup.Manifest) { m.Topology.Filesystems = nil },
 		"a snapshot missing":  func(m *backup.Manifest) { m.Snapshots = m.Snapshots[1:] },
+		"a bracket too many":  func(m *backup.Manifest) { m.Bracket = bracketed().Bracket },
+		"no bracket":          func(m *backup.Manifest) { m.Cut.Achieved = backup.Bracketed },
+		"no label":            func(m *backup.Manifest) { *m = bracketed(); m.Bracket.Label = nil },
+		"no WAL":              func(m *backup.Manifest) { *m = bracketed(); m.Bracket.WAL = nil },
+		"an end before":       func(m *backup.Manifest) { *m = bracketed(); m.Bracket.End = m.Bracket.StartLSN - 1 },
 		"a number that isn't": func(m *backup.Manifest) { m.Cut.FreezeMS = math.NaN() },
 	} {
 		t.Run(name, func(t *testing.T) {

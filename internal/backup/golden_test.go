@@ -20,7 +20,7 @@ var update = flag.Bool("update", false, "write the golden files of the present m
 // writes. When ManifestVersion rises, its golden files are added beside those
 // of the versions before, which nothing writes any more.
 func TestManifestsLookAsTheyAlwaysDid(t *testing.T) {
-	for name, m := range map[string]backup.Manifest{"raid0": raid0(), "separate": separate(), "lvm": lvm()} {
+	for name, m := range map[string]backup.Manifest{"raid0": raid0(), "separate": separate(), "lvm": lvm(), "bracketed": bracketed()} {
 		t.Run(name, func(t *testing.T) {
 			path := filepath.Join("testdata", fmt.Sprintf("manifest-v%d-%s.json", backup.ManifestVersion, name))
 			got, err := backup.EncodeManifest(m)
@@ -52,7 +52,7 @@ func TestManifestsLookAsTheyAlwaysDid(t *testing.T) {
 
 func TestEveryManifestEverWrittenIsReadable(t *testing.T) {
 	paths, err := filepath.Glob("testdata/manifest-v*.json")
-	if err != nil || len(paths) < 5 {
+	if err != nil || len(paths) < 9 {
 		t.Fatalf("golden files: got %v, %v", paths, err)
 	}
 	for _, path := range paths {
@@ -241,5 +241,16 @@ func lvm() backup.Manifest {
 		{Kind: backup.PlaceData, Path: "/srv/pg/15/main", Filesystem: 0, Rel: "15/main"},
 		{Kind: backup.PlaceWAL, Path: "/srv/wal/main", Link: "pg_wal", Filesystem: 1, Rel: "main"},
 	}
+	return m
+}
+
+// bracketed is separate, cut filesystem by filesystem on a standby.
+func bracketed() backup.Manifest {
+	m := separate()
+	m.Cut.Achieved, m.Cut.How, m.Cut.FlushLSN = backup.Bracketed, backup.ModeBracketed, 0x1A2B_04C0_0028
+	m.Bracket = &backup.Bracket{StartLSN: 0x1A2B_0000_0028, StopLSN: 0x1A2B_0400_0100, End: 0x1A2B_04C0_0028, Timeline: 7,
+		Started: at("2026-11-23T02:00:10.2Z"), Stopping: at("2026-11-23T02:00:12.4Z"), Stopped: at("2026-11-23T02:00:12.5Z"),
+		Label: []byte("START WAL LOCATION: 1A2B/28 (file 000000070001A2B00000000)\nLABEL: Größe\n"), Map: []byte("16385 /data/fast/ts\n16386 /mnt/cold store/ts\n"),
+		Control: bytes.Repeat([]byte{0, 1, 254, 255}, 8), WAL: []string{"0000000700001A2B00000000", "0000000700001A2B00000001"}}
 	return m
 }

@@ -11,7 +11,7 @@ import (
 
 // ManifestVersion is the version this program writes. docs/manifest.md
 // describes every version ever written.
-const ManifestVersion = 2
+const ManifestVersion = 3
 
 // Consistency is what a cut achieved; design.md, "two sound ways".
 type Consistency string
@@ -48,6 +48,7 @@ type Manifest struct {
 	Server    Server     `json:"server"`
 	Topology  Topology   `json:"topology"`
 	Cut       Cut        `json:"cut"`
+	Bracket   *Bracket   `json:"bracket,omitempty"` // of a bracketed cut, and only there
 	Snapshots []Snapshot `json:"snapshots"`
 	SideFiles []SideFile `json:"side_files,omitempty"`
 }
@@ -86,12 +87,13 @@ type Cut struct {
 	Achieved Consistency `json:"achieved"`
 	How      Mode        `json:"how"` // freeze, group, bracketed, none
 	// FlushLSN is the end of a WAL record that was flushed before the freeze
-	// began. Recovery must reach it: below it acknowledged commits are lost.
+	// began, in a bracketed cut the bracket's End. Recovery must reach it: below
+	// it acknowledged commits are lost.
 	FlushLSN   LSN           `json:"flush_lsn"`
 	Deadline   time.Duration `json:"deadline_ns"`
 	SyncRounds []float64     `json:"sync_rounds_ms"` // syncfs before the freeze, milliseconds
 	Frozen     []Frozen      `json:"frozen,omitempty"`
-	FreezeMS   float64       `json:"freeze_ms"` // first FIFREEZE called to last FITHAW returned
+	FreezeMS   float64       `json:"freeze_ms"` // first FIFREEZE called to last FITHAW returned; bracketed: the longest of the cuts
 	SpreadMS   float64       `json:"spread_ms"` // first to last snapshot request
 	Notes      []string      `json:"notes,omitempty"`
 }
@@ -113,10 +115,14 @@ type Snapshot struct {
 	Responded time.Time  `json:"responded"`
 }
 
-// Span is the interval that holds the backup's one instant: the freeze, or in a
-// group the provider's call. What was acknowledged before its beginning is in
-// the backup, what was sent after its end is not.
+// Span is the interval that holds the backup's one instant: the freeze, in a
+// group the provider's call, in a bracketed one the end of backup mode. What
+// was acknowledged before its beginning is in the backup, what was sent after
+// its end is not.
 func (m Manifest) Span() (from, to time.Time) {
+	if m.Bracket != nil {
+		return m.Bracket.Stopping, m.Bracket.Stopped
+	}
 	widen := func(a, b time.Time) {
 		if from.IsZero() || a.Before(from) {
 			from = a
@@ -215,6 +221,14 @@ func (m Manifest) Validate() error {
 	}
 	if a := m.Cut.Achieved; a != Atomic && a != Bracketed && a != Torn {
 		return fmt.Errorf("manifest: consistency %q", a)
+	}
+	if (m.Cut.Achieved == Bracketed) != (m.Bracket != nil) {
+		return fmt.Errorf("manifest: the cut is %s, and there is a bracket: %t", m.Cut.Achieved, m.Bracket != nil)
+	}
+	if m.Bracket != nil {
+		if err := m.Bracket.validate(); err != nil {
+			return fmt.Errorf("manifest: %w", err)
+		}
 	}
 	return CheckSet(m.Topology.Members(), m.Snapshots)
 }

@@ -1,6 +1,9 @@
 package backup
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+)
 
 // Topology says where a cluster's bytes live: cluster → filesystems → logical
 // volumes and arrays → member devices → volumes.
@@ -205,6 +208,54 @@ func (t Topology) FreezeOrder() []int {
 		order = append(order, wal)
 	}
 	return order
+}
+
+// Units returns the filesystems that must be cut at one instant with each
+// other, in FreezeOrder: those that share a volume. A filesystem that shares
+// none is a unit of its own.
+func (t Topology) Units() [][]int {
+	var units [][]int
+	for _, i := range t.FreezeOrder() {
+		unit := []int{i}
+		rest := units[:0:0]
+		for _, u := range units {
+			if slices.ContainsFunc(u, func(j int) bool { return t.share(i, j) }) {
+				unit = append(slices.Clone(u), unit...)
+			} else {
+				rest = append(rest, u)
+			}
+		}
+		units = append(rest, unit)
+	}
+	return units
+}
+
+// share: both filesystems lie on one volume, or parts of it.
+func (t Topology) share(i, j int) bool {
+	on := map[VolumeID]bool{}
+	t.Filesystems[i].Device.walk(func(d Device) {
+		if d.Volume != nil {
+			on[d.Volume.ID] = true
+		}
+	})
+	shared := false
+	t.Filesystems[j].Device.walk(func(d Device) {
+		shared = shared || d.Volume != nil && on[d.Volume.ID]
+	})
+	return shared
+}
+
+// MembersOf lists the members that the filesystems lie on.
+func (t Topology) MembersOf(filesystems []int) []Member {
+	on := map[VolumeID]bool{}
+	for _, i := range filesystems {
+		t.Filesystems[i].Device.walk(func(d Device) {
+			if d.Volume != nil {
+				on[d.Volume.ID] = true
+			}
+		})
+	}
+	return slices.DeleteFunc(t.Members(), func(m Member) bool { return !on[m.Volume.ID] })
 }
 
 // Validate checks that indexes and trees hold together, as a manifest read

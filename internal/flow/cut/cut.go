@@ -2,6 +2,7 @@
 //
 //	freeze: Prepare → Arm → syncfs until quick → flush LSN → Freeze → Take → Thaw → check the set
 //	group:  Prepare → flush LSN → Take → check the set
+//	bracketed: the one or the other for one filesystem after the other; whoever calls has the server in backup mode meanwhile
 //
 // What always holds when Run returns, also with an error or when ctx ends:
 // nothing is frozen. Snapshots of a failed cut are left to the caller, who
@@ -13,6 +14,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -26,7 +28,9 @@ type Options struct {
 	ID       backup.ID
 	Cluster  string
 	Topology backup.Topology
-	Mode     backup.Mode // auto, group or freeze; none only for the drill
+	Mode     backup.Mode // auto, group, freeze or bracketed; none only for the drill
+	// Skew is for the drill: the time between two members, in mode bracketed
+	// between two filesystems.
 	Skew     time.Duration
 	Deadline time.Duration // of the watchdog, from the first FIFREEZE
 	Quick    time.Duration // a syncfs round this short ends the rounds
@@ -59,28 +63,95 @@ type Result struct {
 // does not touch production, else the freeze. Only ErrUnsupported says that
 // there is no group; a permission that is missing, or a limit, must not turn
 // into a freeze that nobody asked for.
-func Run(ctx context.Context, p Provider, o Options) (Result, error) {
+func Run(ctx context.Context, p Provider, o Options) (res Result, err error) {
+	members := o.Topology.Members()
+	if o.Mode == backup.ModeBracketed {
+		res, err = bracketed(ctx, p, o)
+	} else {
+		res, err = auto(ctx, p, o, unit{filesystems: o.Topology.FreezeOrder(), members: members})
+	}
+	if err != nil {
+		return res, err
+	}
+	return res, backup.CheckSet(members, res.Snapshots)
+}
+
+// unit is what is cut at one instant.
+type unit struct {
+	filesystems []int // in the order in which they are frozen
+	members     []backup.Member
+}
+
+// bracketed cuts filesystem after filesystem, each at an instant of its own.
+// Those that share a volume are one.
+func bracketed(ctx context.Context, p Provider, o Options) (res Result, err error) {
+	skew := o.Skew
+	o.Mode, o.Skew = backup.ModeAuto, 0
+	all := backup.Cut{Achieved: backup.Bracketed, How: backup.ModeBracketed, Deadline: o.Deadline}
+	for i, filesystems := range o.Topology.Units() {
+		if i > 0 && skew > 0 {
+			if err := wait(ctx, skew); err != nil {
+				return res, err
+			}
+		}
+		one, err := auto(ctx, p, o, unit{filesystems, o.Topology.MembersOf(filesystems)})
+		if err != nil {
+			return res, err
+		}
+		res.Snapshots = append(res.Snapshots, one.Snapshots...)
+		all.SyncRounds, all.Frozen = append(all.SyncRounds, one.Cut.SyncRounds...), append(all.Frozen, one.Cut.Frozen...)
+		all.FreezeMS = max(all.FreezeMS, one.Cut.FreezeMS)
+		for _, n := range one.Cut.Notes {
+			if !slices.Contains(all.Notes, n) {
+				all.Notes = append(all.Notes, n)
+			}
+		}
+		o.BeforeFreeze = nil
+	}
+	slices.SortFunc(res.Snapshots, func(a, b backup.Snapshot) int { return a.Member - b.Member })
+	first, lastRequest := res.Snapshots[0].Requested, res.Snapshots[0].Requested
+	for _, s := range res.Snapshots {
+		first, lastRequest = earlier(first, s.Requested), later(lastRequest, s.Requested)
+	}
+	all.SpreadMS = ms(lastRequest.Sub(first))
+	res.Cut = all
+	return res, nil
+}
+
+func wait(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// auto takes the group where that is asked for or chosen, else freezes.
+func auto(ctx context.Context, p Provider, o Options, u unit) (Result, error) {
 	if o.Mode != backup.ModeAuto {
-		return run(ctx, p, o)
+		return run(ctx, p, o, u)
 	}
 	if before := o.BeforeFreeze; before != nil {
 		once := sync.OnceValue(func() error { return before(ctx) })
 		o.BeforeFreeze = func(context.Context) error { return once() }
 	}
 	o.Mode = backup.ModeGroup
-	res, err := run(ctx, p, o)
+	res, err := run(ctx, p, o, u)
 	if errors.Is(err, backup.ErrUnsupported) { // said before anything was taken
 		o.Mode, o.why = backup.ModeFreeze, err
-		return run(ctx, p, o)
+		return run(ctx, p, o, u)
 	}
 	return res, err
 }
 
-func run(ctx context.Context, p Provider, o Options) (res Result, err error) {
-	members := o.Topology.Members()
+func run(ctx context.Context, p Provider, o Options, u unit) (res Result, err error) {
 	set := provider.Set{Skew: o.Skew, Group: o.Mode == backup.ModeGroup}
-	for _, m := range members {
-		set.Members = append(set.Members, provider.Member{Volume: m.Volume.ID, Tags: backup.SnapshotTags(o.ID, o.Cluster, m, len(members))})
+	total := len(o.Topology.Members())
+	for _, m := range u.members {
+		set.Members = append(set.Members, provider.Member{Volume: m.Volume.ID, Tags: backup.SnapshotTags(o.ID, o.Cluster, m, total)})
 	}
 	prepared, err := p.Prepare(ctx, set)
 	if err != nil {
@@ -92,23 +163,26 @@ func run(ctx context.Context, p Provider, o Options) (res Result, err error) {
 			est.Round(time.Millisecond), o.Deadline, backup.ErrUnsupported),
 			"the volumes are badly fragmented (`cleancut doctor` shows how): move the cluster to fresh volumes, or allow a longer stop with --deadline")
 	}
-	taken, res, err := take(ctx, prepared, o)
+	taken, res, err := take(ctx, prepared, o, u)
 	if err != nil {
 		return res, err
 	}
 	for i, t := range taken.Members {
-		res.Snapshots = append(res.Snapshots, backup.Snapshot{ID: t.Snapshot, Volume: t.Volume, Member: members[min(i, len(members)-1)].Index,
+		res.Snapshots = append(res.Snapshots, backup.Snapshot{ID: t.Snapshot, Volume: t.Volume, Member: u.members[min(i, len(u.members)-1)].Index,
 			Requested: t.Requested, Responded: t.Responded})
 	}
-	return res, judge(&res, members, o)
+	if len(taken.Members) != len(u.members) {
+		return res, fmt.Errorf("%d snapshots of %d members: %w", len(taken.Members), len(u.members), backup.ErrVoid)
+	}
+	return res, judge(&res, o)
 }
 
-func take(ctx context.Context, prepared provider.Cut, o Options) (provider.Taken, Result, error) {
+func take(ctx context.Context, prepared provider.Cut, o Options, u unit) (provider.Taken, Result, error) {
 	switch o.Mode {
 	case backup.ModeGroup:
 		return takeGroup(ctx, prepared, o)
 	case backup.ModeFreeze:
-		return takeFrozen(ctx, prepared, o)
+		return takeFrozen(ctx, prepared, o, u)
 	case backup.ModeNone:
 		return takeBare(ctx, prepared, o)
 	}
@@ -155,13 +229,13 @@ func takeGroup(ctx context.Context, prepared provider.Cut, o Options) (taken pro
 	return taken, res, nil
 }
 
-func takeFrozen(ctx context.Context, prepared provider.Cut, o Options) (taken provider.Taken, res Result, err error) {
+func takeFrozen(ctx context.Context, prepared provider.Cut, o Options, u unit) (taken provider.Taken, res Result, err error) {
 	res.Cut = backup.Cut{Achieved: backup.Torn, How: backup.ModeFreeze, Deadline: o.Deadline}
 	if o.why != nil && !local(o.Topology) { // that the local provider has no group is no news
 		res.Cut.Notes = append(res.Cut.Notes, fmt.Sprintf("frozen, because there is no group: %v", o.why))
 	}
 	var mounts []string
-	for _, i := range o.Topology.FreezeOrder() {
+	for _, i := range u.filesystems {
 		mounts = append(mounts, o.Topology.Filesystems[i].Mountpoint)
 	}
 	freezer, err := host.Arm(ctx, o.Watchdog, mounts, o.Deadline)
@@ -215,12 +289,9 @@ func syncUntilQuick(ctx context.Context, f *host.Freezer, o Options) ([]float64,
 		"production writes faster than its volumes take it: choose a quieter moment, or accept a longer stop with --max-sync")
 }
 
-// judge checks the set and the order of times: every snapshot must lie inside
-// the interval in which every filesystem was held.
-func judge(res *Result, members []backup.Member, o Options) error {
-	if err := backup.CheckSet(members, res.Snapshots); err != nil {
-		return err
-	}
+// judge checks the order of times: every snapshot must lie inside the interval
+// in which every filesystem was held.
+func judge(res *Result, o Options) error {
 	first, last := res.Snapshots[0].Requested, res.Snapshots[0].Responded
 	lastRequest := first
 	for _, s := range res.Snapshots {
