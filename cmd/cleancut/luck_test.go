@@ -294,8 +294,8 @@ func TestBadLuckOfARestore(t *testing.T) {
 		p.edited(t, id, "manifest.json", func(b []byte) []byte {
 			return []byte(strings.Replace(string(b), `"version": 3`, `"version": 4, "new": true`, 1))
 		}, func() {
-			restore(t, p.lab).refused(t, 1, "manifest version 3", "reads up to 2", "or a newer one")
-			p.leavesAlone(t, id, "unreadable", "manifest version 3")
+			restore(t, p.lab).refused(t, 1, "manifest version 4", "reads up to 3", "or a newer one")
+			p.leavesAlone(t, id, "unreadable", "manifest version 4")
 		})
 	})
 	run("another manifest than the one that was completed", func(t *testing.T) {

@@ -142,7 +142,7 @@ func TestDecodeManifestRefuses(t *testing.T) {
 	}{
 		"nothing":                            {nil, "cut short"},
 		"a torn file":                        {whole[:len(whole)/2], "cut short"},
-		"a newer version, whatever is in it": {[]byte(`{"version": 3, "nowhere": {"to": "be found"}}`), "version 3"},
+		"a newer version, whatever is in it": {[]byte(`{"version": 4, "nowhere": {"to": "be found"}}`), "version 4"},
 		"no version":                         {replaced(`"version": 3`, `"version": 0`), "no version"},
 		"an unknown key":                     {replaced(`"tool":`, `"tol":`), "tol"},
 		"something after the end":            {append(slices.Clone(whole), '}'), "cut short"},

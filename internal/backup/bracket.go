@@ -13,7 +13,7 @@ type Bracket struct {
 	StartLSN LSN       `json:"start_lsn"` // the redo position of the checkpoint in Label
 	StopLSN  LSN       `json:"stop_lsn"`  // as pg_backup_stop returned it
 	Timeline uint32    `json:"timeline"`  // of both
-	Started  time.Time `json:"started"`   // backup mode had begun
+	Started  time.Time `json:"started"`   // its start was asked for
 	Stopping time.Time `json:"stopping"`  // its end was asked for: what was acknowledged before lies before StopLSN
 	Stopped  time.Time `json:"stopped"`   // its end had come
 	// Label and Map are backup_label and tablespace_map, byte for byte as the

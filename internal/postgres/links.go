@@ -142,7 +142,11 @@ func (c *image) move(link string, known []move) (move, error) {
 	if err != nil {
 		return move{}, err
 	}
-	m.Fresh = c.control.State != ControlShutDown && info.ModTime().Add(time.Second).After(c.control.CheckpointTime)
+	redo := c.control.CheckpointTime
+	if b := c.plan.Bracket; b != nil && b.Started.Before(redo) {
+		redo = b.Started
+	}
+	m.Fresh = c.control.State != ControlShutDown && info.ModTime().Add(time.Second).After(redo)
 	for _, k := range known {
 		if k.Link == link && k.Copy == now { // rewritten by an earlier run
 			m.Original, m.Fresh = cmp.Or(m.Original, k.Original), k.Fresh

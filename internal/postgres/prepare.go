@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -27,6 +28,10 @@ type Plan struct {
 	// Map gives the path that an absolute path of production has in the copy;
 	// false if no filesystem of the copy holds it. It is pure.
 	Map func(original string) (string, bool)
+	// Bracket is the backup mode around the cut, nil for an atomic one; Segment
+	// opens a file of its WAL, whole.
+	Bracket *backup.Bracket
+	Segment func(ctx context.Context, name string) (io.ReadCloser, error)
 }
 
 // Prepare turns the image of a data directory, with its WAL and tablespaces
@@ -40,7 +45,8 @@ type Plan struct {
 // postgresql.auto.conf.production and leaves it empty; and writes the copy's
 // own configuration into Root/.cleancut. In the end every symbolic link of the
 // copy is followed: one that leaves Root is an error. pg_wal keeps its content,
-// because crash recovery needs it.
+// because crash recovery needs it; a bracketed backup brings its own, with the
+// label by which recovery begins at its start.
 //
 // Links are never followed for writing except pg_wal and pg_tblspc/* after
 // they were rewritten, so a hostile image reaches nothing outside.
@@ -64,6 +70,7 @@ func Prepare(ctx context.Context, p Plan) (err error) {
 		{"prepare.remove", c.discard},
 		{"prepare.autoconf", c.emptyAutoConf},
 		{"prepare.config", c.writeConfig},
+		{"prepare.bracket", c.placeBracket},
 		{"prepare.verify", c.verifyLinks},
 	}
 	for _, s := range steps {
@@ -152,7 +159,7 @@ func (c *image) check(context.Context) error {
 	if got, want := backup.SystemIdentifier(c.control.SystemIdentifier), c.plan.Server.SystemIdentifier; got != want {
 		return fmt.Errorf("the image is of the cluster with system identifier %d, the manifest tells of %d: %w", got, want, backup.ErrVoid)
 	}
-	if _, err := c.data.Lstat("backup_label"); err == nil {
+	if _, err := c.data.Lstat("backup_label"); err == nil && !c.placed() {
 		// A backup through pg_backup_start never writes the label into the
 		// data directory; only an exclusive one (13, 14) did, or a base backup
 		// that was never started. It decides where recovery begins, so it is
@@ -204,6 +211,9 @@ func removed() []string {
 
 func (c *image) discard(ctx context.Context) error {
 	for _, name := range removed() {
+		if c.placed() && (name == "recovery.signal" || name == "tablespace_map") { // ours, of an earlier run
+			continue
+		}
 		if err := c.data.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

@@ -13,6 +13,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -63,8 +64,10 @@ type Options struct {
 	Digest       string      // of the stored manifest; every snapshot must carry it
 	Copy         backup.Copy // ID, Backup, Cluster, Host, Purpose and Root are set
 	Installation postgres.Installation
-	Save         func(backup.Copy) error // writes the ledger
-	Progress     func(phase, detail string)
+	// Segment opens a WAL file of a bracketed backup.
+	Segment  func(ctx context.Context, name string) (io.ReadCloser, error)
+	Save     func(backup.Copy) error // writes the ledger
+	Progress func(phase, detail string)
 }
 
 // Run makes the copy and returns it with its ledger. On an error the caller
@@ -105,12 +108,13 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 	data, _ := m.Topology.Place(backup.PlaceData)
 	c.DataDirectory = c.Path(data.Path)
 	plan := postgres.Plan{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Places: m.Topology.Places,
-		Map: func(original string) (string, bool) { return inCopy(*c, m.Topology, original) }}
+		Map:     func(original string) (string, bool) { return inCopy(*c, m.Topology, original) },
+		Bracket: m.Bracket, Segment: o.Segment}
 	if err := postgres.Prepare(ctx, plan); err != nil {
 		return nil, blame(ctx, c.DataDirectory, err)
 	}
 	o.Progress("recover", m.Server.Version)
-	instance, err := postgres.Start(ctx, postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Installation: o.Installation})
+	instance, err := postgres.Start(ctx, postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Installation: o.Installation, Settings: recovery(m)})
 	if err != nil {
 		return nil, blame(ctx, c.DataDirectory, err)
 	}
@@ -118,6 +122,19 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 	c.EndOfRecovery, c.FirstQuery = instance.EndOfRecovery, instance.FirstQuery.Seconds()
 	c.Answered = time.Since(c.Created).Seconds()
 	return instance, nil
+}
+
+// recovery is what the server is told about its recovery. Of an atomic cut it
+// is crash recovery, to which nothing is to be said. Of a bracketed one it is
+// archive recovery to the end of backup mode, with all WAL in pg_wal: the
+// "archive" never has a file. The timeline is the label's own: to follow
+// another one, or to name it by number, takes a history file.
+func recovery(m backup.Manifest) map[string]string {
+	if m.Bracket == nil {
+		return nil
+	}
+	return map[string]string{"restore_command": "false", "recovery_target": "immediate", "recovery_target_action": "promote",
+		"recovery_target_timeline": "current"}
 }
 
 // blame wraps ErrNoStart around err where the image is at fault: its filesystem
