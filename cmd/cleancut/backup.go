@@ -16,12 +16,12 @@ const ec2Deadline = 30 * time.Second
 
 func (a *app) backupCommand() *cobra.Command {
 	var o flow.BackupOptions
-	var mode string
+	var mode, checkpoint string
 	c := &cobra.Command{
 		Use: "backup", GroupID: "main", Args: exactly(0, ""),
 		Short: "Take one backup",
-		Long: `Take one backup of all volumes at one instant, and record what was achieved. No
-checkpoint is forced and no backup mode is needed.
+		Long: `Take one backup of all volumes, and record what was achieved: at one instant,
+for which no checkpoint is forced and no backup mode is needed, or bracketed.
 
 Mode group lets the provider cut all volumes in one call: nothing is frozen and
 production is not touched (EC2, all volumes on one instance). Mode freeze
@@ -29,6 +29,12 @@ freezes every filesystem of the cluster, snapshots all volumes at once and
 thaws; before that, dirty data is written out until little is left, so that
 the stop is short. Mode auto takes the group where there is one, else the
 freeze. A mode that cannot be had is refused, never replaced in silence.
+
+Mode bracketed cuts one filesystem after the other, each at an instant of its
+own, in PostgreSQL's backup mode, and keeps the WAL from its start to its end
+with the backup. It is for clusters whose filesystems cannot all be held at
+once, and for standbys. It begins with a checkpoint, spread over minutes so
+that production does not feel it; --checkpoint fast does it at once.
 
 A watchdog in a process of its own thaws everything at the deadline, whatever
 happens to this command; then the backup is void (exit 3) and its snapshots
@@ -39,6 +45,13 @@ are deleted.`,
 			if o.Mode, err = backupMode(mode); err != nil {
 				return err
 			}
+			switch {
+			case checkpoint != "spread" && checkpoint != "fast":
+				return fmt.Errorf("%w: --checkpoint %q: spread or fast", backup.ErrUsage, checkpoint)
+			case c.Flags().Changed("checkpoint") && o.Mode != backup.ModeBracketed:
+				return fmt.Errorf("%w: --checkpoint goes with --mode bracketed: the other modes have none", backup.ErrUsage)
+			}
+			o.FastCheckpoint = checkpoint == "fast"
 			if o.Deadline <= 0 || o.Quick <= 0 || o.Rounds < 1 {
 				return fmt.Errorf("%w: --deadline, --max-sync and --sync-rounds must be above zero", backup.ErrUsage)
 			}
@@ -59,9 +72,13 @@ are deleted.`,
 			}
 			return a.print(m, func() {
 				a.line("backup %s: %s cut of %d volumes (%s)", m.ID, m.Cut.Achieved, len(m.Snapshots), m.Cut.How)
-				if m.Cut.How == backup.ModeGroup {
+				switch m.Cut.How {
+				case backup.ModeGroup:
 					a.line("  nothing frozen, one call cut all volumes, flushed WAL %s", m.Cut.FlushLSN)
-				} else {
+				case backup.ModeBracketed:
+					a.line("  %s in %.1f s, frozen for %.1f ms at most, WAL %s to %s (%s) kept with it", plural(len(m.Topology.Units()), "cut"),
+						m.Cut.SpreadMS/1000, m.Cut.FreezeMS, m.Bracket.StartLSN, m.Bracket.End, plural(len(m.Bracket.WAL), "segment"))
+				default:
 					a.line("  frozen for %.1f ms, snapshot requests within %.1f ms, flushed WAL %s", m.Cut.FreezeMS, m.Cut.SpreadMS, m.Cut.FlushLSN)
 				}
 				a.notes(append(m.Server.Notes, m.Cut.Notes...))
@@ -70,6 +87,7 @@ are deleted.`,
 		},
 	}
 	cutFlags(c, &o, &mode)
+	c.Flags().StringVar(&checkpoint, "checkpoint", "spread", "with --mode bracketed: spread or fast")
 	return c
 }
 
@@ -86,10 +104,8 @@ func cutFlags(c *cobra.Command, o *flow.BackupOptions, mode *string) {
 // be had is refused, never replaced in silence.
 func backupMode(mode string) (backup.Mode, error) {
 	switch backup.Mode(mode) {
-	case backup.ModeAuto, backup.ModeGroup, backup.ModeFreeze:
+	case backup.ModeAuto, backup.ModeGroup, backup.ModeFreeze, backup.ModeBracketed:
 		return backup.Mode(mode), nil
-	case backup.ModeBracketed:
-		return "", fmt.Errorf("%w: mode bracketed: %w", backup.ErrUsage, backup.ErrNotThere)
 	}
 	return "", fmt.Errorf("%w: mode %q: auto, group, freeze or bracketed", backup.ErrUsage, mode)
 }

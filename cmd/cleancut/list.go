@@ -148,7 +148,14 @@ func (a *app) showText(e catalog.Entry) {
 	m := e.Manifest
 	a.line("backup %s of cluster %s, cut on %s at %s by cleancut %s", m.ID, m.Cluster, m.Host, m.Created.Format(time.RFC3339), m.Tool)
 	a.line("\ncut: %s (%s), frozen %.1f ms, requests within %.1f ms, syncfs rounds %.0f ms", m.Cut.Achieved, m.Cut.How, m.Cut.FreezeMS, m.Cut.SpreadMS, m.Cut.SyncRounds)
-	a.line("  flushed WAL before the freeze: %s on timeline %d", m.Cut.FlushLSN, m.Server.Timeline)
+	if b := m.Bracket; b != nil {
+		a.line("  backup mode from %s to %s on timeline %d, consistent at %s, %s of WAL kept with it", b.StartLSN, b.StopLSN, b.Timeline, b.End, plural(len(b.WAL), "segment"))
+		if b.Standby() {
+			a.line("  of a standby, with its pg_control")
+		}
+	} else {
+		a.line("  flushed WAL before the freeze: %s on timeline %d", m.Cut.FlushLSN, m.Server.Timeline)
+	}
 	a.line("server: %s, system identifier %d, checksums %v", m.Server.Version, m.Server.SystemIdentifier, m.Server.DataChecksums)
 	for _, d := range m.Server.Databases {
 		a.line("  database %s, %s", d.Name, d.Size)

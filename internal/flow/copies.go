@@ -42,8 +42,8 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 		return r, nil, err
 	}
 	m := entry.Manifest
-	if m.Cut.Achieved != backup.Atomic && !o.AllowTorn {
-		return r, nil, fmt.Errorf("backup %s is %s, only an atomic one can be restored: %w", m.ID, m.Cut.Achieved, backup.ErrUnsupported)
+	if m.Cut.Achieved == backup.Torn && !o.AllowTorn {
+		return r, nil, fmt.Errorf("backup %s is %s: the drill made it, and nothing else restores it: %w", m.ID, m.Cut.Achieved, backup.ErrUnsupported)
 	}
 	inst, err := postgres.FindInstallation(ctx, m.Server.Major(), f.BinDirs)
 	if err != nil {
@@ -64,7 +64,7 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	}
 	r = Restored{Manifest: m, Installation: inst}
 	r.Copy, r.Instance, err = restore.Run(ctx, f.Provider, restore.Options{Manifest: m, Digest: entry.Complete.Digest, Copy: c, Installation: inst,
-		Save: f.State.PutCopy, Progress: f.tell})
+		Segment: f.segment(m), Save: f.State.PutCopy, Progress: f.tell})
 	if err != nil {
 		err = errors.Join(err, f.undoCopy(ctx, r.Copy))
 		release()

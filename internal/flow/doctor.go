@@ -282,7 +282,7 @@ func (f *Flow) examineServer(ctx context.Context, x *Condition, o DoctorOptions,
 		return nil
 	}
 	x.Version = running.Server.Version
-	x.Findings = postgres.Preflight(running, postgres.Allow{NoFullPageWrites: o.Backup.AllowNoFPW})
+	x.Findings = postgres.Preflight(running, postgres.Allow{NoFullPageWrites: o.Backup.AllowNoFPW, Standby: o.Backup.Mode == backup.ModeBracketed})
 	majors[running.Server.Major()] = true
 	if f.Provider == nil {
 		return nil

@@ -68,7 +68,10 @@ type BackupOptions struct {
 	Deadline     time.Duration
 	Quick        time.Duration
 	Rounds       int
-	Skew         time.Duration // drill only, with ModeNone or ModeFreeze
+	Skew         time.Duration // drill only, with ModeNone, ModeFreeze or ModeBracketed
+	// FastCheckpoint lets backup mode begin at once, by a checkpoint that takes
+	// all the I/O it can get; without it the checkpoint is spread. Only ModeBracketed.
+	FastCheckpoint bool
 	AllowForeign bool
 	AllowNoFPW   bool
 	KeepAway     []string // files and folders that must not lie on a frozen filesystem, beside the state folder
@@ -141,14 +144,22 @@ func (f *Flow) Backup(ctx context.Context, o BackupOptions) (m backup.Manifest, 
 	if m.SideFiles, err = f.keepSideFiles(ctx, m.ID, topology.NotCovered); err != nil {
 		return m, err
 	}
-	f.tell("cut", fmt.Sprintf("%d volumes, %d filesystems", len(topology.Members()), len(topology.Filesystems)))
-	res, err := cut.Run(ctx, f.Provider, cut.Options{ID: m.ID, Cluster: f.Cluster, Topology: topology, Mode: o.Mode, Skew: o.Skew, Deadline: o.Deadline,
-		Quick: o.Quick, Rounds: o.Rounds, Watchdog: f.Watchdog, BeforeFreeze: o.BeforeFreeze,
-		FlushedLSN: func(ctx context.Context) (backup.LSN, error) { return postgres.FlushedRecordEnd(ctx, conn) }})
+	take := func() error {
+		f.tell("cut", fmt.Sprintf("%d volumes, %d filesystems", len(topology.Members()), len(topology.Filesystems)))
+		res, err := cut.Run(ctx, f.Provider, cut.Options{ID: m.ID, Cluster: f.Cluster, Topology: topology, Mode: o.Mode, Skew: o.Skew, Deadline: o.Deadline,
+			Quick: o.Quick, Rounds: o.Rounds, Watchdog: f.Watchdog, BeforeFreeze: o.BeforeFreeze,
+			FlushedLSN: func(ctx context.Context) (backup.LSN, error) { return postgres.FlushedRecordEnd(ctx, conn) }})
+		m.Cut, m.Snapshots = res.Cut, res.Snapshots
+		return err
+	}
+	if o.Mode == backup.ModeBracketed {
+		err = f.bracketed(ctx, o, &m, take)
+	} else {
+		err = take()
+	}
 	if err != nil {
 		return m, err
 	}
-	m.Cut, m.Snapshots = res.Cut, res.Snapshots
 	return m, f.finishBackup(ctx, m)
 }
 
@@ -214,13 +225,16 @@ func (f *Flow) removeBackup(ctx context.Context, i backup.Intent) error {
 	if err := f.Catalog.Remove(ctx, i.ID); err != nil {
 		return err
 	}
+	if err := os.RemoveAll(f.captureDir(i.ID)); err != nil { // of a process that was killed
+		return fmt.Errorf("received WAL: %w", err)
+	}
 	return f.Catalog.EndIntent(ctx, i.ID)
 }
 
 // preflight refuses what could not be recovered and returns what is worth
 // telling.
 func preflight(r postgres.Running, o BackupOptions) (notes []string, err error) {
-	findings := postgres.Preflight(r, postgres.Allow{NoFullPageWrites: o.AllowNoFPW})
+	findings := postgres.Preflight(r, postgres.Allow{NoFullPageWrites: o.AllowNoFPW, Standby: o.Mode == backup.ModeBracketed})
 	for _, finding := range findings {
 		if !finding.Refuse {
 			notes = append(notes, finding.Text)

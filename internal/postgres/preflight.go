@@ -17,6 +17,9 @@ type Allow struct {
 	// NoFullPageWrites: the volumes write 8 KiB without tearing them, so that
 	// full_page_writes=off is sound.
 	NoFullPageWrites bool
+	// Standby: the backup is bracketed, so that recovery knows where a standby's
+	// image becomes consistent.
+	Standby bool
 }
 
 // Finding is one thing Preflight has to say.
@@ -44,8 +47,8 @@ func Preflight(r Running, allow Allow) []Finding {
 	if !r.Superuser {
 		refuse(nil, "name a superuser with user= in dsn", "the role is no superuser")
 	}
-	if r.InRecovery {
-		refuse(backup.ErrNotThere, "take the backup of the primary", "the server is a standby; backups of standbys")
+	if r.InRecovery && !allow.Standby {
+		refuse(backup.ErrUnsupported, "use --mode bracketed, or take the backup of the primary", "the server is a standby, of which only a bracketed backup can be taken")
 	}
 	if r.BackupLabel {
 		refuse(nil, "end it with pg_stop_backup(), or remove backup_label if no backup runs",

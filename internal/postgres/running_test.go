@@ -248,7 +248,10 @@ func TestARunningStandbyIsRefused(t *testing.T) {
 	if !r.InRecovery || r.Server.Timeline != 1 {
 		t.Errorf("got %+v, want a server in recovery on timeline 1", r)
 	}
-	if err := postgres.Refused(postgres.Preflight(r, postgres.Allow{})); !errors.Is(err, backup.ErrNotThere) {
+	if err := postgres.Refused(postgres.Preflight(r, postgres.Allow{Standby: true})); err != nil {
+		t.Errorf("for a bracketed backup: %v", err)
+	}
+	if err := postgres.Refused(postgres.Preflight(r, postgres.Allow{})); !errors.Is(err, backup.ErrUnsupported) {
 		t.Errorf("got %v, want ErrNotThere", err)
 	}
 	standby.Stop(t)
