@@ -51,11 +51,17 @@ type production struct {
 // host has it.
 func newProduction(t *testing.T, p, other provider.Provider) *production {
 	t.Helper()
-	ctx := t.Context()
 	dir := labtest.Folder(t)
-	o := flow.StorageOptions{Name: "pg", Host: "lab", Volumes: 4, Size: 1 << 30, Level: "raid0", Chunk: 64 << 10, Filesystem: "xfs",
-		Mountpoint: filepath.Join(dir, "pg"), MountOptions: []string{"noatime"}, Fstab: filepath.Join(dir, "fstab"), MdadmConf: filepath.Join(dir, "mdadm.conf")}
-	if _, err := flow.CreateStorage(ctx, p, o); err != nil {
+	data := storage(t, p, dir, flow.StorageOptions{Name: "pg", Volumes: 4, Level: "raid0", Chunk: 64 << 10})
+	return serve(t, p, other, dir, pgtest.Options{Data: filepath.Join(data, "data")})
+}
+
+// storage makes a filesystem on volumes of p and returns where it is mounted.
+func storage(t *testing.T, p provider.Provider, dir string, o flow.StorageOptions) string {
+	t.Helper()
+	o.Host, o.Size, o.Filesystem, o.MountOptions = "lab", 1<<30, "xfs", []string{"noatime"}
+	o.Mountpoint, o.Fstab, o.MdadmConf = filepath.Join(dir, o.Name), filepath.Join(dir, "fstab"), filepath.Join(dir, "mdadm.conf")
+	if _, err := flow.CreateStorage(t.Context(), p, o); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -63,12 +69,19 @@ func newProduction(t *testing.T, p, other provider.Provider) *production {
 			t.Error(err)
 		}
 	})
+	return o.Mountpoint
+}
+
+// serve starts production's server.
+func serve(t *testing.T, p, other provider.Provider, dir string, o pgtest.Options) *production {
+	t.Helper()
 	settings := map[string]string{}
 	for _, s := range load.HeavySettings() {
 		k, v, _ := strings.Cut(s, "=")
 		settings[k] = v
 	}
-	server := pgtest.New(t, pgtest.Options{Data: filepath.Join(o.Mountpoint, "data"), Settings: settings, Sync: true, Checksums: true})
+	o.Settings, o.Sync, o.Checksums = settings, true, true
+	server := pgtest.New(t, o)
 	store := catalog.New(catalog.NewDir(filepath.Join(dir, "catalog")), "lab")
 	host := func(name string, p provider.Provider) *flow.Flow {
 		st, err := state.Open(filepath.Join(dir, name))
@@ -138,7 +151,7 @@ func (p *production) beat() (stop func()) {
 // cut takes one backup and the promise that goes with it.
 func (p *production) cut(mode backup.Mode) (backup.Manifest, load.Promise) {
 	p.t.Helper()
-	m, err := p.flow.Backup(p.t.Context(), flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: mode, Skew: p.skew,
+	m, err := p.flow.Backup(p.t.Context(), flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: mode, Skew: p.skew, FastCheckpoint: true,
 		Deadline: 5 * time.Minute, Quick: time.Minute, Rounds: 10})
 	if err != nil {
 		p.t.Fatal(err)
