@@ -218,18 +218,27 @@ func decodeControl(b []byte) Control {
 // src/common/controldata_utils.c). Errors are those of ParseControl and of
 // opening and reading the file, with its path.
 func ReadControl(path string) (Control, error) {
+	_, c, err := ReadLiveControl(path)
+	return c, err
+}
+
+// ReadLiveControl is ReadControl for who needs the bytes, too: the end of a
+// backup of a standby is the minimum recovery point in its pg_control, which
+// therefore must be read after the last cut and put in place of the image's
+// (do_pg_backup_stop of xlog.c: "We assume that pg_control was backed up last").
+func ReadLiveControl(path string) ([]byte, Control, error) {
 	var last string
 	for try := 1; ; try++ {
 		b, err := readControlOnce(path)
 		if err != nil {
-			return Control{}, err
+			return nil, Control{}, err
 		}
 		c, err := ParseControl(b)
 		if err == nil {
-			return c, nil
+			return b, c, nil
 		}
 		if !errors.Is(err, ErrControlCRC) || string(b) == last || try == controlReads {
-			return Control{}, fmt.Errorf("read %s: %w", path, err)
+			return nil, Control{}, fmt.Errorf("read %s: %w", path, err)
 		}
 		last = string(b)
 		time.Sleep(controlReadsPause)

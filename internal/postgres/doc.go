@@ -3,6 +3,7 @@
 // stopped after a restore.
 //
 //	Connect → Inspect → Preflight → FlushedRecordEnd      (production: only read)
+//	StartBackup → Check → Stop | Abort                    (production: backup mode, in one session)
 //	Prepare → Start → Instance → Stop                     (a copy: below its own folder)
 //
 // What always holds: no program runs through a shell; nothing outside the

@@ -38,11 +38,27 @@ const (
 // Only if it stays there (a transaction that wrote much and pauses, wal_level
 // minimal) one empty message is written to the WAL in a transaction of its own
 // (pg_logical_emit_message, about 100 bytes and one flush): its end is returned
-// after the commit. That is the only thing this package ever writes on
-// production.
+// after the commit. Besides the records of backup mode that is all
+// this package ever writes on production.
+//
+// Of a standby it is the end of the last record that was replayed. That one is
+// durable in pg_wal: replay reads no further than the walreceiver has flushed
+// (WaitForWALToBecomeAvailable), or a file of the archive that was durably
+// renamed into place (KeepFileRestoredFromArchive). What was received but not
+// replayed may end inside a record.
 func FlushedRecordEnd(ctx context.Context, conn *pgx.Conn) (backup.LSN, error) {
+	var standby bool
+	var replayed string
+	// Nothing is replayed yet by a standby that was shut down cleanly.
+	err := conn.QueryRow(ctx, `SELECT pg_is_in_recovery(), coalesce(pg_last_wal_replay_lsn(), redo_lsn)::text FROM pg_control_checkpoint()`).Scan(&standby, &replayed)
+	if err != nil {
+		return 0, fmt.Errorf("read the replayed position of the WAL: %w", err)
+	}
+	if standby {
+		return backup.ParseLSN(replayed)
+	}
 	var page, segment backup.LSN
-	err := conn.QueryRow(ctx, `SELECT current_setting('wal_block_size')::bigint, setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'`).
+	err = conn.QueryRow(ctx, `SELECT current_setting('wal_block_size')::bigint, setting::bigint FROM pg_settings WHERE name = 'wal_segment_size'`).
 		Scan((*uint64)(&page), (*uint64)(&segment))
 	if err != nil {
 		return 0, fmt.Errorf("read the sizes of the WAL: %w", err)

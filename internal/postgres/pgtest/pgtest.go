@@ -29,6 +29,37 @@ import (
 	"cleancut/internal/postgres"
 )
 
+// Majors returns the programs of every supported major version, oldest first,
+// from the system's packages or from the cache that scripts/install-deps fills.
+// The latter hold the server without client tools. Where one is missing the
+// test is skipped, which CI does not forgive.
+func Majors(t testing.TB) []postgres.Installation {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("needs real servers: run `make test`")
+	}
+	var out []postgres.Installation
+	for major := 13; major <= 18; major++ {
+		i, err := find(t, major)
+		if err != nil {
+			t.Skipf("run scripts/install-deps: %v", err)
+		}
+		out = append(out, i)
+	}
+	return out
+}
+
+// find looks where install-deps puts servers: root's lie where the user that
+// they run as can read them.
+func find(t testing.TB, major int) (postgres.Installation, error) {
+	t.Helper()
+	dirs := []string{fmt.Sprintf("/var/cache/cleancut/postgresql/%d/native/bin", major)}
+	if cache, err := os.UserCacheDir(); err == nil && os.Geteuid() != 0 {
+		dirs = []string{fmt.Sprintf("%s/cleancut/postgresql/%d/native/bin", cache, major)}
+	}
+	return postgres.FindInstallation(t.Context(), major, dirs)
+}
+
 // Options of a server. The zero value is a server of version 15.
 type Options struct {
 	Major     int               // 0: 15
@@ -129,7 +160,7 @@ func New(t testing.TB, o Options) *Server {
 	if o.Major == 0 {
 		o.Major = 15
 	}
-	inst, err := postgres.FindInstallation(t.Context(), o.Major, nil)
+	inst, err := find(t, o.Major)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -165,6 +196,41 @@ func New(t testing.TB, o Options) *Server {
 		s.Start(t)
 	}
 	return s
+}
+
+// Standby makes a hot standby of the running server and starts it: a copy of
+// its files in backup mode that streams from it. It needs no client tool.
+func (s *Server) Standby(t testing.TB) *Server {
+	t.Helper()
+	dir := Folder(t)
+	c := &Server{Dir: dir, DataDirectory: filepath.Join(dir, "data"), SocketDir: Mkdir(t, filepath.Join(dir, "s")), Port: s.Port,
+		Installation: s.Installation, UID: s.UID, GID: s.GID}
+	mode, err := postgres.StartBackup(t.Context(), postgres.Target{DSN: s.DSN("postgres"), DataDirectory: s.DataDirectory},
+		postgres.BackupModeOptions{Label: "standby", Fast: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Files may vanish under a copy, which is what backup mode is for.
+	out, err := exec.CommandContext(t.Context(), "cp", "-a", s.DataDirectory, c.DataDirectory).CombinedOutput()
+	for line := range strings.Lines(string(out)) {
+		if err != nil && !strings.Contains(line, "No such file or directory") {
+			t.Fatalf("cp: %v: %s", err, line)
+		}
+	}
+	stop, err := mode.Stop(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(filepath.Join(c.DataDirectory, "postmaster.pid")); err != nil {
+		t.Fatal(err)
+	}
+	Append(t, filepath.Join(c.DataDirectory, "backup_label"), string(stop.LabelFile))
+	Append(t, filepath.Join(c.DataDirectory, "standby.signal"), "")
+	Append(t, filepath.Join(c.DataDirectory, "postgresql.conf"),
+		fmt.Sprintf("unix_socket_directories = '%s'\nprimary_conninfo = 'host=%s port=%d user=postgres'\n", c.SocketDir, s.SocketDir, s.Port))
+	t.Cleanup(func() { c.cleanUp(t) })
+	c.Start(t)
+	return c
 }
 
 func (s *Server) configure(t testing.TB, o Options) {
