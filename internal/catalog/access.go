@@ -173,6 +173,8 @@ func kind(key string) string {
 		return "backup"
 	case len(parts) > 3 && parts[2] == "intents":
 		return "intent"
+	case len(parts) > 4 && parts[2] == "wal":
+		return "wal"
 	}
 	return parts[len(parts)-1] // clusters, backups, intents
 }

@@ -12,7 +12,10 @@
 //	clusters/NAME/backups/ID/files/N             side files of the manifest
 //	clusters/NAME/backups/ID/dumps/DUMP          SQL dumps made of the backup
 //	clusters/NAME/backups/ID/holds/TIME.json     who keeps it whatever retention says
+//	clusters/NAME/backups/ID/wal/FILE.zst        WAL captured with the backup
 //	clusters/NAME/intents/ID.json                what is being made or deleted
+//	clusters/NAME/wal/system.json                whose WAL is kept here
+//	clusters/NAME/wal/TIMELINE/FILE.zst          segments, history files, …
 //
 // What always holds: nothing is overwritten; a backup counts only while its
 // complete.json names the very bytes of its manifest.json; complete.json is

@@ -14,6 +14,7 @@ import (
 	"syscall"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"cleancut/internal/backup"
 )
@@ -52,6 +53,24 @@ func Connect(ctx context.Context, t Target) (*pgx.Conn, error) {
 	if err := guard(ctx, conn); err != nil {
 		_ = conn.Close(context.WithoutCancel(ctx))
 		return nil, err
+	}
+	return conn, nil
+}
+
+// ConnectReplication is Connect for the physical replication protocol
+// (documentation, "Streaming Replication Protocol"): a walsender answers. The
+// role must be a superuser or have REPLICATION, and pg_hba.conf must let it
+// into the database "replication".
+func ConnectReplication(ctx context.Context, t Target) (*pgconn.PgConn, error) {
+	cfg, err := t.config()
+	if err != nil {
+		return nil, err
+	}
+	cfg.RuntimeParams["replication"] = "true"
+	conn, err := pgconn.ConnectConfig(ctx, &cfg.Config)
+	if err != nil {
+		return nil, backup.Hint(fmt.Errorf("connect to PostgreSQL for replication: %w", err),
+			"see that the server runs, that pg_hba.conf lets the role into \"replication\", and that max_wal_senders has room")
 	}
 	return conn, nil
 }

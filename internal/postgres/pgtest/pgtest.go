@@ -409,3 +409,22 @@ func (s *Server) cleanUp(t testing.TB) {
 		}
 	}
 }
+
+// Standby makes a hot standby that streams from s, and starts it. It takes
+// over s's settings; these beat them.
+func (s *Server) Standby(t testing.TB, settings map[string]string) *Server {
+	t.Helper()
+	out := &Server{Dir: Folder(t), Port: s.Port, Installation: s.Installation, UID: s.UID, GID: s.GID}
+	out.DataDirectory, out.SocketDir = filepath.Join(out.Dir, "data"), Mkdir(t, filepath.Join(out.Dir, "s"))
+	if b, err := s.Command(t.Context(), "pg_basebackup", "-D", out.DataDirectory, "-R", "-c", "fast", "-X", "stream", "--no-sync").CombinedOutput(); err != nil {
+		t.Fatalf("pg_basebackup: %v\n%s", err, b)
+	}
+	conf := "unix_socket_directories = '" + out.SocketDir + "'\n"
+	for _, name := range slices.Sorted(maps.Keys(settings)) {
+		conf += fmt.Sprintf("%s = '%s'\n", name, strings.ReplaceAll(settings[name], "'", "''"))
+	}
+	Append(t, filepath.Join(out.DataDirectory, "postgresql.conf"), conf)
+	t.Cleanup(func() { out.cleanUp(t) })
+	out.Start(t)
+	return out
+}
