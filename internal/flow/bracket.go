@@ -54,7 +54,7 @@ func (f *Flow) bracketed(ctx context.Context, o BackupOptions, m *backup.Manifes
 		if b.Control, control, err = postgres.ReadLiveControl(filepath.Join(m.Server.DataDirectory, "global", "pg_control")); err != nil {
 			return err
 		}
-		b.End = backup.LSN(control.MinRecoveryPoint)
+		b.End = backup.LSN(control.MinRecoveryLSN)
 	}
 	b.Stopping = time.Now().UTC()
 	stop, err := mode.Stop(ctx)

@@ -1,6 +1,7 @@
 package flow_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -8,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 
 	"cleancut/internal/backup"
 	"cleancut/internal/flow"
@@ -89,7 +92,8 @@ func TestAStandbyIsBackedUpBracketed(t *testing.T) {
 	}
 	pgtest.Append(t, filepath.Join(p.server.DataDirectory, "postgresql.conf"), "unix_socket_directories = '"+p.server.SocketDir+"'\n")
 	p.server.Start(t)
-	conn, err := primary.Connect(t.Context())
+	connect := func(ctx context.Context) (*pgx.Conn, error) { return pgx.Connect(ctx, primary.DSN("postgres")) }
+	conn, err := connect(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,7 +101,7 @@ func TestAStandbyIsBackedUpBracketed(t *testing.T) {
 	if _, err := load.Create(t.Context(), conn, load.Options{Rows: 2000}); err != nil {
 		t.Fatal(err)
 	}
-	if p.load, err = load.Start(t.Context(), primary.Connect, load.Which{Words: &load.WordsOptions{}, Transfers: &load.TransfersOptions{}}); err != nil {
+	if p.load, err = load.Start(t.Context(), connect, load.Which{Words: &load.WordsOptions{}, Transfers: &load.TransfersOptions{}}); err != nil {
 		t.Fatal(err)
 	}
 	defer p.load.Stop()

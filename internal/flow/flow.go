@@ -63,19 +63,19 @@ func undoing(ctx context.Context) (context.Context, context.CancelFunc) {
 
 // BackupOptions says how to back up.
 type BackupOptions struct {
-	Target       postgres.Target
-	Mode         backup.Mode
-	Deadline     time.Duration
-	Quick        time.Duration
-	Rounds       int
-	Skew         time.Duration // drill only, with ModeNone, ModeFreeze or ModeBracketed
+	Target   postgres.Target
+	Mode     backup.Mode
+	Deadline time.Duration
+	Quick    time.Duration
+	Rounds   int
+	Skew     time.Duration // drill only, with ModeNone, ModeFreeze or ModeBracketed
 	// FastCheckpoint lets backup mode begin at once, by a checkpoint that takes
 	// all the I/O it can get; without it the checkpoint is spread. Only ModeBracketed.
 	FastCheckpoint bool
-	AllowForeign bool
-	AllowNoFPW   bool
-	KeepAway     []string // files and folders that must not lie on a frozen filesystem, beside the state folder
-	BeforeFreeze func(ctx context.Context) error
+	AllowForeign   bool
+	AllowNoFPW     bool
+	KeepAway       []string // files and folders that must not lie on a frozen filesystem, beside the state folder
+	BeforeFreeze   func(ctx context.Context) error
 }
 
 // Discover looks at a running cluster.

@@ -350,7 +350,7 @@ func TestBackupModeOfAStandby(t *testing.T) {
 			t.Parallel()
 			primary := pgtest.New(t, pgtest.Options{Major: i.Major, Small: true, Settings: map[string]string{"checkpoint_timeout": "1h", "autovacuum": "off"}})
 			primary.Exec(t, "CREATE TABLE t AS SELECT generate_series(1, 1000) AS x")
-			standby := primary.Standby(t)
+			standby := primary.Standby(t, nil)
 			t.Run("tells that it is one", func(t *testing.T) { ofStandby(t, primary, standby) })
 			t.Run("needs the primary's full_page_writes", func(t *testing.T) { fullPageWrites(t, primary, standby) })
 			t.Run("is void when it was promoted", func(t *testing.T) { promoted(t, standby) })

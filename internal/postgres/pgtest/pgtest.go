@@ -199,8 +199,9 @@ func New(t testing.TB, o Options) *Server {
 }
 
 // Standby makes a hot standby of the running server and starts it: a copy of
-// its files in backup mode that streams from it. It needs no client tool.
-func (s *Server) Standby(t testing.TB) *Server {
+// its files in backup mode that streams from it. It needs no client tool. It
+// takes over s's settings; these beat them.
+func (s *Server) Standby(t testing.TB, settings map[string]string) *Server {
 	t.Helper()
 	dir := Folder(t)
 	c := &Server{Dir: dir, DataDirectory: filepath.Join(dir, "data"), SocketDir: Mkdir(t, filepath.Join(dir, "s")), Port: s.Port,
@@ -226,8 +227,11 @@ func (s *Server) Standby(t testing.TB) *Server {
 	}
 	Append(t, filepath.Join(c.DataDirectory, "backup_label"), string(stop.LabelFile))
 	Append(t, filepath.Join(c.DataDirectory, "standby.signal"), "")
-	Append(t, filepath.Join(c.DataDirectory, "postgresql.conf"),
-		fmt.Sprintf("unix_socket_directories = '%s'\nprimary_conninfo = 'host=%s port=%d user=postgres'\n", c.SocketDir, s.SocketDir, s.Port))
+	conf := fmt.Sprintf("unix_socket_directories = '%s'\nprimary_conninfo = 'host=%s port=%d user=postgres'\n", c.SocketDir, s.SocketDir, s.Port)
+	for _, name := range slices.Sorted(maps.Keys(settings)) {
+		conf += fmt.Sprintf("%s = '%s'\n", name, strings.ReplaceAll(settings[name], "'", "''"))
+	}
+	Append(t, filepath.Join(c.DataDirectory, "postgresql.conf"), conf)
 	t.Cleanup(func() { c.cleanUp(t) })
 	c.Start(t)
 	return c
@@ -408,23 +412,4 @@ func (s *Server) cleanUp(t testing.TB) {
 			t.Errorf("process %s is left in %s", e.Name(), cwd)
 		}
 	}
-}
-
-// Standby makes a hot standby that streams from s, and starts it. It takes
-// over s's settings; these beat them.
-func (s *Server) Standby(t testing.TB, settings map[string]string) *Server {
-	t.Helper()
-	out := &Server{Dir: Folder(t), Port: s.Port, Installation: s.Installation, UID: s.UID, GID: s.GID}
-	out.DataDirectory, out.SocketDir = filepath.Join(out.Dir, "data"), Mkdir(t, filepath.Join(out.Dir, "s"))
-	if b, err := s.Command(t.Context(), "pg_basebackup", "-D", out.DataDirectory, "-R", "-c", "fast", "-X", "stream", "--no-sync").CombinedOutput(); err != nil {
-		t.Fatalf("pg_basebackup: %v\n%s", err, b)
-	}
-	conf := "unix_socket_directories = '" + out.SocketDir + "'\n"
-	for _, name := range slices.Sorted(maps.Keys(settings)) {
-		conf += fmt.Sprintf("%s = '%s'\n", name, strings.ReplaceAll(settings[name], "'", "''"))
-	}
-	Append(t, filepath.Join(out.DataDirectory, "postgresql.conf"), conf)
-	t.Cleanup(func() { out.cleanUp(t) })
-	out.Start(t)
-	return out
 }
