@@ -64,7 +64,7 @@ func TestFilesystemsCutSecondsApartAreSoundWhenBracketed(t *testing.T) {
 	if _, _, err := p.other.Restore(t.Context(), flow.RestoreOptions{ID: m.ID, Purpose: backup.ForVerify}); !errors.Is(err, backup.ErrDamage) || errors.Is(err, backup.ErrLeft) {
 		t.Errorf("with a segment cut short: got %v, want damage and nothing left", err)
 	}
-	if err := p.flow.Delete(t.Context(), m.ID); err != nil {
+	if err := p.flow.DeleteLast(t.Context(), m.ID); err != nil {
 		t.Fatal(err)
 	}
 	if left, err := os.ReadDir(folder); err == nil && len(left) > 0 {
