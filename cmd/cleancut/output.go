@@ -21,11 +21,11 @@ func (a *app) print(v any, text func()) error {
 	return enc.Encode(v)
 }
 
-// printError writes an error and what to do about it.
-func (a *app) printError(err error) {
+// printError writes an error, what to do about it, and in JSON the exit status.
+func (a *app) printError(err error, code int) {
 	hint := backup.HintOf(err)
 	if a.json && !a.printed { // one object, never two
-		_ = json.NewEncoder(a.out).Encode(map[string]any{"ok": false, "error": err.Error(), "hint": hint, "exit": exitCode(err)})
+		_ = json.NewEncoder(a.out).Encode(map[string]any{"ok": false, "error": err.Error(), "hint": hint, "exit": code})
 	}
 	fmt.Fprintf(a.err, "cleancut: %s\n", strings.ReplaceAll(err.Error(), "\n", "\n  "))
 	if hint != "" {

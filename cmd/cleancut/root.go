@@ -57,11 +57,12 @@ func execute(ctx context.Context, args []string, out, errs io.Writer) int {
 	root.SetArgs(args)
 	root.SetOut(out)
 	root.SetErr(errs)
-	err := root.ExecuteContext(ctx)
+	c, err := root.ExecuteContextC(ctx)
+	code := codeOf(c, err)
 	if err != nil {
-		a.printError(err)
+		a.printError(err, code)
 	}
-	return exitCode(err)
+	return code
 }
 
 func (a *app) root() *cobra.Command {
@@ -100,7 +101,7 @@ and is listed (run "cleancut sweep").`,
 	a.over.register(p)
 	root.AddGroup(&cobra.Group{ID: "look", Title: "Look:"}, &cobra.Group{ID: "main", Title: "Back up and restore:"}, &cobra.Group{ID: "care", Title: "Clean up:"})
 	root.AddCommand(a.topologyCommand(), a.doctorCommand(), a.listCommand(), a.showCommand(),
-		a.storageCommand(), a.backupCommand(), a.restoreCommand(), a.verifyCommand(), a.dumpCommand(),
+		a.storageCommand(), a.backupCommand(), a.restoreCommand(), a.verifyCommand(), a.dumpCommand(), a.walCommand(),
 		a.deleteCommand(), a.holdCommand(), a.pruneCommand(), a.sweepCommand(), a.catalogCommand(), a.thawCommand(), a.demoCommand(), a.demoHostCommand(), a.drillCommand(), a.ec2simCommand(), a.watchdogCommand(), a.manCommand())
 	return root
 }
