@@ -342,7 +342,7 @@ func (f *Flow) examineMajor(ctx context.Context, major int) MajorFacts {
 		programs = append(programs, "pg_amcheck")
 	}
 	for _, name := range programs {
-		if _, err := inst.Tool(name); err != nil {
+		if _, err := inst.Tool(ctx, name); err != nil {
 			m.Missing, m.Hint = append(m.Missing, name), backup.HintOf(err)
 		}
 	}

@@ -24,8 +24,13 @@ type cluster struct {
 
 func newCluster(t *testing.T, settings map[string]string) *cluster {
 	t.Helper()
+	return newClusterOf(t, 15, settings)
+}
+
+func newClusterOf(t *testing.T, major int, settings map[string]string) *cluster {
+	t.Helper()
 	dir := pgtest.Folder(t)
-	s := pgtest.New(t, pgtest.Options{Dir: dir, WALDir: filepath.Join(dir, "wal"), Settings: settings, Small: true})
+	s := pgtest.New(t, pgtest.Options{Major: major, Dir: dir, WALDir: filepath.Join(dir, "wal"), Settings: settings, Small: true})
 	space := pgtest.Mkdir(t, filepath.Join(dir, "space"))
 	s.Exec(t, "CREATE TABLESPACE far LOCATION '"+space+"'",
 		"CREATE TABLE far_away(x int) TABLESPACE far", "INSERT INTO far_away SELECT generate_series(1, 1000)",
@@ -75,11 +80,7 @@ func (c *cluster) copyFiles(t *testing.T) postgres.Plan {
 
 func startable(t *testing.T, p postgres.Plan) postgres.Copy {
 	t.Helper()
-	i, err := postgres.FindInstallation(t.Context(), p.Server.Major(), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return postgres.Copy{Root: p.Root, Data: p.Data, Server: p.Server, Installation: i}
+	return postgres.Copy{Root: p.Root, Data: p.Data, Server: p.Server, Installation: pgtest.Installation(t, p.Server.Major())}
 }
 
 // start prepares and starts, and kills what is left when the test ends.

@@ -28,8 +28,7 @@ var versionPattern = regexp.MustCompile(`\(PostgreSQL\) (\d+)`)
 // other is taken. The error wraps ErrNotFound, says what was looked at and has
 // a hint.
 func FindInstallation(ctx context.Context, major int, dirs []string) (Installation, error) {
-	look := append([]string{}, dirs...)
-	look = append(look, fmt.Sprintf("/usr/lib/postgresql/%d/bin", major), fmt.Sprintf("/usr/pgsql-%d/bin", major))
+	look := append(append([]string{}, dirs...), packageDirs(major)...)
 	for _, dir := range filepath.SplitList(os.Getenv("PATH")) {
 		if filepath.IsAbs(dir) {
 			look = append(look, dir)
@@ -55,9 +54,18 @@ func FindInstallation(ctx context.Context, major int, dirs []string) (Installati
 		fmt.Sprintf("install it (Debian, Ubuntu: apt install postgresql-%d; Red Hat: dnf install postgresql%d-server postgresql%d-contrib) or name its bin directory in the configuration", major, major, major))
 }
 
+// packageDirs is where packages put a major version: Debian's and PGDG's for
+// Red Hat.
+func packageDirs(major int) []string {
+	return []string{fmt.Sprintf("/usr/lib/postgresql/%d/bin", major), fmt.Sprintf("/usr/pgsql-%d/bin", major)}
+}
+
 // majorOf asks the postgres in dir for its version.
 func majorOf(ctx context.Context, dir string) (int, error) {
-	path := filepath.Join(dir, "postgres")
+	return majorOfTool(ctx, filepath.Join(dir, "postgres"))
+}
+
+func majorOfTool(ctx context.Context, path string) (int, error) {
 	if _, err := os.Stat(path); err != nil {
 		return 0, err
 	}
@@ -72,13 +80,50 @@ func majorOf(ctx context.Context, dir string) (int, error) {
 	return strconv.Atoi(string(m[1]))
 }
 
-// Tool returns the path of one of the programs. The error wraps ErrNotFound
-// and its hint names the package.
-func (i Installation) Tool(name string) (string, error) {
+// Tool returns the path of one of the programs, having asked it for its
+// version: a folder may hold client programs of another one, and an older
+// pg_amcheck or pg_checksums would judge what it does not know. The error wraps
+// ErrNotFound and its hint names the package.
+func (i Installation) Tool(ctx context.Context, name string) (string, error) {
 	path := filepath.Join(i.Bin, name)
-	if _, err := os.Stat(path); err != nil {
-		return "", backup.Hint(fmt.Errorf("%s of PostgreSQL %d: %w in %s", name, i.Major, backup.ErrNotFound, i.Bin),
-			fmt.Sprintf("install it (Debian, Ubuntu: apt install postgresql-%d postgresql-client-%d; Red Hat: dnf install postgresql%d postgresql%d-contrib)", i.Major, i.Major, i.Major, i.Major))
+	major, err := majorOfTool(ctx, path)
+	if ctx.Err() != nil {
+		return "", fmt.Errorf("look for %s: %w", name, context.Cause(ctx))
 	}
-	return path, nil
+	if err == nil && major == i.Major {
+		return path, nil
+	}
+	why := fmt.Sprintf("in %s", i.Bin)
+	switch {
+	case err == nil:
+		why += fmt.Sprintf(", where it is of %d", major)
+	case !errors.Is(err, os.ErrNotExist):
+		why += fmt.Sprintf(" (%v)", err)
+	}
+	return "", backup.Hint(fmt.Errorf("%s of PostgreSQL %d: %w %s", name, i.Major, backup.ErrNotFound, why),
+		fmt.Sprintf("install it (Debian, Ubuntu: apt install postgresql-%d postgresql-client-%d; Red Hat: dnf install postgresql%d postgresql%d-contrib)", i.Major, i.Major, i.Major, i.Major))
+}
+
+// Reader returns the installation whose pg_dumpall reads a server of i: i, or
+// else the next newer major version on this host that has it, which may be of a
+// client package without a server. "pg_dump can also dump from PostgreSQL
+// servers older than its own version" (pg_dump.sgml, back to 9.2); what a newer
+// one writes need not load into i's version, so it is only good for reading.
+// An older one refuses such a server. The error is Tool's of i.
+func (i Installation) Reader(ctx context.Context) (Installation, error) {
+	_, err := i.Tool(ctx, "pg_dumpall")
+	if err == nil {
+		return i, nil
+	}
+	for major := i.Major + 1; major <= i.Major+10; major++ {
+		for _, dir := range packageDirs(major) {
+			newer := Installation{Major: major, Bin: dir}
+			_, err1 := newer.Tool(ctx, "pg_dumpall")
+			_, err2 := newer.Tool(ctx, "pg_dump") // which pg_dumpall calls
+			if err1 == nil && err2 == nil {
+				return newer, nil
+			}
+		}
+	}
+	return Installation{}, err
 }

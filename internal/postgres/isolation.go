@@ -150,6 +150,11 @@ func Isolation(c Copy, control Control) []Setting {
 		{"max_wal_senders", control.MaxWALSenders},
 		{"max_prepared_transactions", control.MaxPreparedXacts},
 		{"max_locks_per_transaction", control.MaxLocksPerXact},
+		// Not in pg_control: origins of subscriptions need a place each, and too
+		// few end recovery with a PANIC (StartupReplicationOrigin; 18 gave them a
+		// setting of their own).
+		{"max_replication_slots", 0},
+		{"max_active_replication_origins", 0},
 	} {
 		recorded, _ := strconv.Atoi(c.Server.Settings[m.name])
 		if v := max(m.has, recorded); v > 0 || m.name == "max_prepared_transactions" {

@@ -36,38 +36,13 @@ func TestEverySettingOfTheIsolationHoldsWhateverTheFilesSay(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = conn.Close(context.WithoutCancel(t.Context())) }()
-	control, err := postgres.ReadControl(filepath.Join(p.Data, "global", "pg_control"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	settings := postgres.Isolation(startable(t, p), control)
-	got := map[string][2]string{}
-	rows, err := conn.Query(t.Context(), `SELECT name, current_setting(name), source FROM pg_settings`)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var name, value, source string
-	if _, err := pgx.ForEachRow(rows, []any{&name, &value, &source}, func() error { got[name] = [2]string{value, source}; return nil }); err != nil {
-		t.Fatal(err)
-	}
-	for _, s := range settings {
-		g, known := got[s.Name]
-		if s.Name == "archive_command" && g[0] == "(disabled)" { // how it shows while archive_mode is off
-			continue
-		}
-		if !known || g[0] != s.Value {
-			t.Errorf("%s = %q, want %q against: %s", s.Name, g[0], s.Value, s.Danger)
-		}
-		if s.Danger == "" || s.Source == "" {
-			t.Errorf("%s has no reason in the table", s.Name)
-		}
-	}
+	got := isolated(t, conn, p)
 	for name, want := range map[string]string{
 		"max_connections": "77", "max_prepared_transactions": "7", "max_wal_senders": "12", "max_worker_processes": "11", "max_locks_per_transaction": "99",
 		"shared_preload_libraries": `"pg_stat_statements"`, "DateStyle": "German, DMY", "fsync": "on", "hba_file": filepath.Join(p.Root, ".cleancut", "pg_hba.conf"),
 	} {
-		if got[name][0] != want {
-			t.Errorf("%s = %q, want %q", name, got[name][0], want)
+		if got[name] != want {
+			t.Errorf("%s = %q, want %q", name, got[name], want)
 		}
 	}
 	// ALTER SYSTEM on the copy cannot undo it either.
@@ -82,6 +57,38 @@ func TestEverySettingOfTheIsolationHoldsWhateverTheFilesSay(t *testing.T) {
 	if after := snapshotOf(t, archive); after != before {
 		t.Errorf("the copy archived or logged where production does:\n%s", after)
 	}
+}
+
+// isolated demands that every setting of the table holds on the running copy,
+// and returns all its settings.
+func isolated(t *testing.T, conn *pgx.Conn, p postgres.Plan) map[string]string {
+	t.Helper()
+	control, err := postgres.ReadControl(filepath.Join(p.Data, "global", "pg_control"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]string{}
+	rows, err := conn.Query(t.Context(), `SELECT name, current_setting(name) FROM pg_settings`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var name, value string
+	if _, err := pgx.ForEachRow(rows, []any{&name, &value}, func() error { got[name] = value; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range postgres.Isolation(startable(t, p), control) {
+		g, known := got[s.Name]
+		if s.Name == "archive_command" && g == "(disabled)" { // how it shows while archive_mode is off
+			continue
+		}
+		if !known || g != s.Value {
+			t.Errorf("%s = %q, want %q against: %s", s.Name, g, s.Value, s.Danger)
+		}
+		if s.Danger == "" || s.Source == "" {
+			t.Errorf("%s has no reason in the table", s.Name)
+		}
+	}
+	return got
 }
 
 func TestLibrariesThatActByThemselvesAreNotPreloaded(t *testing.T) {

@@ -234,7 +234,7 @@ func (i *Instance) record(offset int64) error {
 // launch runs the program and closes log here. died gets the program's end.
 func (i *Instance) launch(ctx context.Context, c Copy, settings []Setting, log *os.File) (died <-chan error, err error) {
 	defer func() { err = errors.Join(err, log.Close()) }()
-	path, err := i.Installation.Tool("postgres")
+	path, err := i.Installation.Tool(ctx, "postgres")
 	if err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 	"cleancut/internal/backup"
 	"cleancut/internal/fault"
 	"cleancut/internal/postgres"
+	"cleancut/internal/postgres/pgtest"
 )
 
 // startFails prepares p, starts it after change and returns the error, having
@@ -358,10 +359,10 @@ func TestAnInstallationIsFoundByItsMajorVersionOnly(t *testing.T) {
 	if err != nil || i.Major != 15 {
 		t.Fatalf("got %+v, %v", i, err)
 	}
-	if path, err := i.Tool("pg_dump"); err != nil || filepath.Dir(path) != i.Bin {
+	if path, err := i.Tool(t.Context(), "pg_dump"); err != nil || filepath.Dir(path) != i.Bin {
 		t.Errorf("got %s, %v", path, err)
 	}
-	if _, err := i.Tool("pg_nothing"); !errors.Is(err, backup.ErrNotFound) || !strings.Contains(backup.HintOf(err), "postgresql-client-15") {
+	if _, err := i.Tool(t.Context(), "pg_nothing"); !errors.Is(err, backup.ErrNotFound) || !strings.Contains(backup.HintOf(err), "postgresql-client-15") {
 		t.Errorf("got %v, hint %q", err, backup.HintOf(err))
 	}
 	if i, err := postgres.FindInstallation(t.Context(), 16, []string{odd}); err != nil || i.Bin != odd {
@@ -370,5 +371,36 @@ func TestAnInstallationIsFoundByItsMajorVersionOnly(t *testing.T) {
 	_, err = postgres.FindInstallation(t.Context(), 14, []string{odd})
 	if !errors.Is(err, backup.ErrNotFound) || !strings.Contains(err.Error(), odd+" (has 16)") || !strings.Contains(err.Error(), "/usr/lib/postgresql/14/bin") || !strings.Contains(backup.HintOf(err), "apt install postgresql-14") {
 		t.Errorf("got %v, hint %q", err, backup.HintOf(err))
+	}
+}
+
+func TestAProgramOfAnotherMajorIsNotTakenForTheServers(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, name := range []string{"postgres", "pg_amcheck"} {
+		major := map[string]int{"postgres": 14, "pg_amcheck": 13}[name]
+		script := fmt.Sprintf("#!/bin/sh\necho '%s (PostgreSQL) %d.1'\n", name, major)
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	i, err := postgres.FindInstallation(t.Context(), 14, []string{dir})
+	if err != nil || i.Bin != dir {
+		t.Fatalf("got %+v, %v", i, err)
+	}
+	if path, err := i.Tool(t.Context(), "pg_amcheck"); !errors.Is(err, backup.ErrNotFound) || !strings.Contains(err.Error(), "where it is of 13") {
+		t.Errorf("an older pg_amcheck: got %q, %v", path, err)
+	}
+}
+
+func TestANewerPgDumpallReadsAnOlderServerAndNeverTheOtherWayRound(t *testing.T) {
+	for _, i := range pgtest.Majors(t) {
+		r, err := i.Reader(t.Context())
+		switch {
+		case err == nil && r.Major < i.Major:
+			t.Errorf("pg_dumpall of %d would read %d", r.Major, i.Major)
+		case err != nil && (i.Major <= 15 || !errors.Is(err, backup.ErrNotFound)):
+			t.Errorf("PostgreSQL %d: %v", i.Major, err) // 15's is installed
+		}
 	}
 }

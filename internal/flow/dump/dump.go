@@ -53,7 +53,7 @@ func Run(ctx context.Context, w io.Writer, o Options) (Result, error) {
 	if err != nil {
 		return Result{}, fmt.Errorf("zstd level %d: %w", o.Level, err)
 	}
-	if _, err := o.Instance.Installation.Tool("pg_dumpall"); err != nil {
+	if _, err := o.Instance.Installation.Tool(ctx, "pg_dumpall"); err != nil {
 		return Result{}, err
 	}
 	in := &meter{w: z}

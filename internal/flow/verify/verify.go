@@ -47,7 +47,7 @@ func Run(ctx context.Context, o Options) (backup.Verdict, error) {
 	r.check(ctx, backup.CheckRecovered, r.recovered)
 	r.check(ctx, backup.CheckFlushed, r.reachedLSN)
 	if o.Level == backup.LevelFull {
-		r.check(ctx, "indexes and heap (pg_amcheck)", r.amcheck)
+		r.amcheck(ctx)
 		r.check(ctx, "vacuum of every page", r.vacuum)
 	}
 	if o.Level != backup.LevelStart {
@@ -145,25 +145,28 @@ func (r *runner) reachedLSN(context.Context) (string, error) {
 	return said, nil
 }
 
-func (r *runner) amcheck(ctx context.Context) (string, error) {
-	return r.tool(ctx, "pg_amcheck", "--all", "--install-missing", "--heapallindexed", "--rootdescend", "--jobs=2")
-}
-
 func (r *runner) dumpAll(ctx context.Context) (string, error) {
-	if _, err := r.Installation.Tool("pg_dumpall"); err != nil {
+	reader, err := r.Installation.Reader(ctx)
+	if err != nil {
 		return "", fmt.Errorf("%w: %w", errNotRun, err)
 	}
-	cmd := r.Instance.Command(ctx, "pg_dumpall")
+	instance := *r.Instance
+	instance.Installation = reader
+	cmd := instance.Command(ctx, "pg_dumpall")
 	var bytesRead counter
 	cmd.Stdout = &bytesRead // not -f /dev/null, which pg_dumpall cannot fsync
 	said, err := run(cmd)
-	return strings.TrimSpace(fmt.Sprintf("%s of SQL %s", backup.Bytes(bytesRead), said)), err
+	with := ""
+	if reader.Major != r.Installation.Major {
+		with = fmt.Sprintf(", read with pg_dumpall of PostgreSQL %d", reader.Major)
+	}
+	return strings.TrimSpace(fmt.Sprintf("%s of SQL%s %s", backup.Bytes(bytesRead), with, said)), err
 }
 
 // tool runs a client tool of the server's version; what it prints is the
 // detail of a failure.
 func (r *runner) tool(ctx context.Context, name string, args ...string) (string, error) {
-	if _, err := r.Installation.Tool(name); err != nil {
+	if _, err := r.Installation.Tool(ctx, name); err != nil {
 		return "", fmt.Errorf("%w: %w", errNotRun, err)
 	}
 	cmd := r.Instance.Command(ctx, name, args...)

@@ -49,6 +49,17 @@ func Majors(t testing.TB) []postgres.Installation {
 	return out
 }
 
+// Installation returns the programs of one major version, and fails the test
+// where they are missing.
+func Installation(t testing.TB, major int) postgres.Installation {
+	t.Helper()
+	i, err := find(t, major)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
 // find looks where install-deps puts servers: root's lie where the user that
 // they run as can read them.
 func find(t testing.TB, major int) (postgres.Installation, error) {
@@ -160,11 +171,7 @@ func New(t testing.TB, o Options) *Server {
 	if o.Major == 0 {
 		o.Major = 15
 	}
-	inst, err := find(t, o.Major)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s := &Server{Dir: o.Dir, DataDirectory: o.Data, Port: 5432, Installation: inst}
+	s := &Server{Dir: o.Dir, DataDirectory: o.Data, Port: 5432, Installation: Installation(t, o.Major)}
 	s.UID, s.GID = Owner(t)
 	if s.Dir == "" {
 		s.Dir = Folder(t)
