@@ -298,7 +298,7 @@ func (a *app) flow(ctx context.Context) (*flow.Flow, settings, error) {
 		return nil, s, fmt.Errorf("own program: %w", err)
 	}
 	return &flow.Flow{Provider: p, Catalog: catalog.New(store, s.name), State: st, Cluster: s.name, Host: s.Host, Tool: version,
-		Watchdog: []string{exe, "watchdog"}, BinDirs: s.BinDirs, Log: a.log, Progress: a.progress}, s, nil
+		Watchdog: []string{exe, "watchdog"}, Program: exe, BinDirs: s.BinDirs, Log: a.log, Progress: a.progress}, s, nil
 }
 
 // bareFlow opens the state folder only: thaw must work when everything else

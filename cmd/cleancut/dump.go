@@ -19,11 +19,13 @@ import (
 func (a *app) dumpCommand() *cobra.Command {
 	var to string
 	var level int
+	var recovery func() (flow.Recovery, error)
 	c := &cobra.Command{
 		Use: "dump ID [--to FILE]", GroupID: "main", Args: exactly(1, "the id of a backup"),
 		Short: "Write the portable SQL dump of a backup, from a throwaway copy",
 		Long: `Restore a backup into a throwaway copy, stream pg_dumpall through zstd into the
-catalog or a file, and remove the copy. Production is not read at all.`,
+catalog or a file, and remove the copy. Production is not read at all.
+` + recoveryHelp,
 		Example: "  cleancut dump 20261122T211704Z-5f3a9c\n  cleancut dump 20261122T211704Z-5f3a9c --to /backup/db.sql.zst",
 		RunE: func(c *cobra.Command, args []string) error {
 			id, err := backup.ParseID(args[0])
@@ -33,11 +35,15 @@ catalog or a file, and remove the copy. Production is not read at all.`,
 			if level < 1 || level > 22 {
 				return fmt.Errorf("%w: zstd level %d: 1 to 22", backup.ErrUsage, level)
 			}
+			until, err := recovery()
+			if err != nil {
+				return err
+			}
 			f, _, err := a.flow(c.Context())
 			if err != nil {
 				return err
 			}
-			o := flow.DumpOptions{ID: id, Level: level, Name: time.Now().UTC().Format("20060102T150405Z") + ".sql.zst"}
+			o := flow.DumpOptions{ID: id, Level: level, Recovery: until, Name: time.Now().UTC().Format("20060102T150405Z") + ".sql.zst"}
 			finish := func(error) error { return nil }
 			if to != "" {
 				if o.Out, finish, err = dumpFile(to); err != nil {
@@ -60,6 +66,7 @@ catalog or a file, and remove the copy. Production is not read at all.`,
 			})
 		},
 	}
+	recovery = recoveryFlags(c)
 	c.Flags().StringVar(&to, "to", "", "file to write; it must not exist (default: into the catalog)")
 	c.Flags().IntVar(&level, "level", 1, "zstd level, 1 to 22")
 	return c

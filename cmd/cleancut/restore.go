@@ -14,7 +14,8 @@ import (
 )
 
 func (a *app) restoreCommand() *cobra.Command {
-	var to, undo, target, rate string
+	var to, undo, rate string
+	var recovery func() (flow.Recovery, error)
 	var hydrate bool
 	c := &cobra.Command{
 		Use: "restore ID --to DIR", GroupID: "main", Args: cobra.ArbitraryArgs, // looked at below
@@ -29,24 +30,28 @@ The copy stays until "cleancut restore --undo DIR".
 Volumes that EC2 makes from snapshots fetch each block when it is first read,
 slowly. --hydrate reads all of them through once the copy answers, and both
 times are told. If that fails or is interrupted the copy stays all the same
-(exit status 1); --hydrate --to DIR without an id reads a standing copy.`,
+(exit status 1); --hydrate --to DIR without an id reads a standing copy.
+` + recoveryHelp + `
+With a time and no id the latest backup that was cut before it is taken.`,
 		Example: "  cleancut restore 20261122T211704Z-5f3a9c --to /srv/copy\n  cleancut restore 20261122T211704Z-5f3a9c --to /srv/copy --hydrate --hydrate-rate 200M\n  cleancut restore --undo /srv/copy",
 		RunE: func(c *cobra.Command, args []string) error {
-			standing := hydrate && len(args) == 0 && to != ""
+			until, err := recovery()
+			if err != nil {
+				return err
+			}
+			byTime := until.Target.Kind == backup.TargetTime && len(args) == 0
+			standing := hydrate && len(args) == 0 && to != "" && !byTime
 			switch {
 			case undo != "" && (len(args) > 0 || to != "" || hydrate):
 				return fmt.Errorf("%w: --undo DIR stands alone", backup.ErrUsage)
-			case undo == "" && !standing && (len(args) != 1 || to == ""):
+			case undo == "" && !standing && (len(args) != 1 && !byTime || to == ""):
 				return backup.Hint(fmt.Errorf("%w: restore wants the id of a backup and --to DIR", backup.ErrUsage), "see `cleancut list`")
 			case rate != "" && !hydrate:
 				return fmt.Errorf("%w: --hydrate-rate goes with --hydrate", backup.ErrUsage)
-			case target != "end":
-				return fmt.Errorf("recovery target %q: %w", target, backup.ErrNotThere)
 			}
 			var id backup.ID
 			var o flow.HydrateOptions
-			var err error
-			if undo == "" && !standing {
+			if undo == "" && !standing && !byTime {
 				if id, err = backup.ParseID(args[0]); err != nil {
 					return err
 				}
@@ -70,7 +75,12 @@ times are told. If that fails or is interrupted the copy stays all the same
 			if standing {
 				return a.hydrated(backup.Copy{}, o, func(o flow.HydrateOptions) (backup.Copy, error) { return f.HydrateAt(c.Context(), to, o) })
 			}
-			r, release, err := f.Restore(c.Context(), flow.RestoreOptions{ID: id, Root: to, Purpose: backup.ForRestore})
+			if byTime {
+				if id, err = f.Nearest(c.Context(), until.Target.Time); err != nil {
+					return err
+				}
+			}
+			r, release, err := f.Restore(c.Context(), flow.RestoreOptions{ID: id, Root: to, Purpose: backup.ForRestore, Recovery: until})
 			if err != nil {
 				return err
 			}
@@ -91,7 +101,7 @@ times are told. If that fails or is interrupted the copy stays all the same
 	c.Flags().StringVar(&undo, "undo", "", "remove the copy that stands in this folder")
 	c.Flags().BoolVar(&hydrate, "hydrate", false, "read all volumes of the copy through, once it answers")
 	c.Flags().StringVar(&rate, "hydrate-rate", "", "at most so many bytes a second over all volumes, as in 200M (default: no limit)")
-	c.Flags().StringVar(&target, "target", "end", "recovery target: end (of the WAL in the cut)")
+	recovery = recoveryFlags(c)
 	return c
 }
 

@@ -12,6 +12,7 @@ import (
 
 func (a *app) verifyCommand() *cobra.Command {
 	var level string
+	var recovery func() (flow.Recovery, error)
 	c := &cobra.Command{
 		Use: "verify ID", GroupID: "main", Args: exactly(1, "the id of a backup"),
 		Short: "Prove a backup: restore it, check it, record the verdict, remove the copy",
@@ -21,7 +22,8 @@ func (a *app) verifyCommand() *cobra.Command {
   rows   and every row of every database is read (pg_dumpall to nowhere)
   full   and pg_amcheck, VACUUM of every page, pg_checksums, and the filesystem check
 
-Exit status 4 when damage was found. A check that could not run is named as such.`,
+Exit status 4 when damage was found. A check that could not run is named as such.
+` + recoveryHelp,
 		RunE: func(c *cobra.Command, args []string) error {
 			id, err := backup.ParseID(args[0])
 			if err != nil {
@@ -31,11 +33,15 @@ Exit status 4 when damage was found. A check that could not run is named as such
 			if l != backup.LevelStart && l != backup.LevelRows && l != backup.LevelFull {
 				return fmt.Errorf("%w: level %q: start, rows or full", backup.ErrUsage, level)
 			}
+			to, err := recovery()
+			if err != nil {
+				return err
+			}
 			f, _, err := a.flow(c.Context())
 			if err != nil {
 				return err
 			}
-			v, err := f.Verify(c.Context(), flow.VerifyOptions{ID: id, Level: l})
+			v, err := f.Verify(c.Context(), flow.VerifyOptions{ID: id, Level: l, Recovery: to})
 			if len(v.Checks) == 0 {
 				return err
 			}
@@ -45,6 +51,7 @@ Exit status 4 when damage was found. A check that could not run is named as such
 			return err
 		},
 	}
+	recovery = recoveryFlags(c)
 	c.Flags().StringVar(&level, "level", "full", "start, rows or full")
 	return c
 }

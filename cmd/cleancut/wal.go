@@ -138,6 +138,7 @@ the file and tries again.`,
 
 func (a *app) walFetchCommand() *cobra.Command {
 	var prefetch, standby bool
+	var from string
 	c := &cobra.Command{
 		Use: "fetch NAME PATH", Args: exactly(2, "a name and a path: %f %p"), Annotations: map[string]string{"exit": "restore_command"},
 		Short: "Fetch one WAL file: restore_command = 'cleancut wal fetch %f %p'",
@@ -153,6 +154,9 @@ With --standby a catalog that cannot be reached is 1 too: a standby asks again.`
 			// A crash of this program must not look like an exit status below
 			// 126: SIGABRT makes PostgreSQL stop.
 			debug.SetTraceback("crash")
+			if from != "" {
+				return errors.Join(c.Context().Err(), flow.AskWAL(c.Context(), from, args[0], args[1]))
+			}
 			f, _, err := a.walFlow()
 			if err != nil {
 				return err
@@ -167,6 +171,8 @@ With --standby a catalog that cannot be reached is 1 too: a standby asks again.`
 			return a.print(map[string]any{"fetched": args[0]}, func() {})
 		},
 	}
+	c.Flags().StringVar(&from, "from", "", "ask whoever restores this copy, on this socket, instead of the catalog")
+	_ = c.Flags().MarkHidden("from") // restore writes it into the copy's restore_command
 	c.Flags().BoolVar(&prefetch, "prefetch", true, "fetch the next segments ahead")
 	c.Flags().BoolVar(&standby, "standby", false, "for a standby: a catalog that cannot be reached counts as \"not there\"")
 	return c

@@ -110,8 +110,6 @@ func (t Target) Archived() bool {
 func (t Target) Settings() map[string]string {
 	out := map[string]string{"recovery_target_action": "promote"}
 	switch t.Kind {
-	case TargetEnd, TargetImmediate:
-		out["recovery_target"] = "immediate"
 	case TargetTime:
 		out["recovery_target_time"] = t.Time.UTC().Format("2006-01-02 15:04:05.999999+00")
 	case TargetLSN:
@@ -120,7 +118,7 @@ func (t Target) Settings() map[string]string {
 		out["recovery_target_name"] = t.Name
 	case TargetXID:
 		out["recovery_target_xid"] = strconv.FormatUint(uint64(t.XID), 10)
-	case TargetLatest: // to the end
+	case TargetLatest, TargetEnd, TargetImmediate: // to the end of the WAL that there is
 	}
 	return out
 }

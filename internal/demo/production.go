@@ -326,7 +326,7 @@ func (s *story) flow(ctx context.Context) (*flow.Flow, error) {
 		return nil, err
 	}
 	return &flow.Flow{Provider: p, Catalog: catalog.New(store, "demo"), State: st, Cluster: "demo", Host: productionHost,
-		Tool: s.Version, Watchdog: []string{s.Program, "watchdog"}, Log: s.Log}, nil
+		Tool: s.Version, Watchdog: []string{s.Program, "watchdog"}, Program: s.Program, Log: s.Log}, nil
 }
 
 // Step 11.

@@ -21,6 +21,7 @@ type RestoreOptions struct {
 	ID      backup.ID
 	Root    string // folder of the copy; empty: a folder of our own below the state folder
 	Purpose backup.Purpose
+	Recovery
 	// AllowTorn restores what the drill cut without protection. No command sets it.
 	AllowTorn bool
 }
@@ -49,7 +50,12 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	if err != nil {
 		return r, nil, err
 	}
-	c := backup.Copy{ID: backup.NewID(time.Now()), Backup: m.ID, Cluster: m.Cluster, Host: f.Host, Purpose: o.Purpose, Created: time.Now().UTC(), Major: m.Server.Major()}
+	copyID := backup.NewID(time.Now())
+	beyond, err := f.planRecovery(ctx, m, o.Recovery, inst, copyID)
+	if err != nil {
+		return r, nil, err
+	}
+	c := backup.Copy{ID: copyID, Backup: m.ID, Cluster: m.Cluster, Host: f.Host, Purpose: o.Purpose, Created: time.Now().UTC(), Major: m.Server.Major()}
 	release, err = f.State.Lock(lockCopy(c.ID))
 	if err != nil {
 		return r, nil, err
@@ -64,7 +70,7 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	}
 	r = Restored{Manifest: m, Installation: inst}
 	r.Copy, r.Instance, err = restore.Run(ctx, f.Provider, restore.Options{Manifest: m, Digest: entry.Complete.Digest, Copy: c, Installation: inst,
-		Segment: f.segment(m), Save: f.State.PutCopy, Progress: f.tell})
+		Segment: f.segment(m), Archive: beyond, Save: f.State.PutCopy, Progress: f.tell})
 	if err != nil {
 		err = errors.Join(err, f.undoCopy(ctx, r.Copy))
 		release()
@@ -134,6 +140,7 @@ func (f *Flow) RemoveCopy(ctx context.Context, root string) (backup.Copy, error)
 type VerifyOptions struct {
 	ID    backup.ID
 	Level backup.Level
+	Recovery
 	// AllowTorn verifies what the drill cut without protection. No command sets it.
 	AllowTorn bool
 	// Look runs on the recovered copy before the checks; it may be nil. An
@@ -148,7 +155,7 @@ type VerifyOptions struct {
 func (f *Flow) Verify(ctx context.Context, o VerifyOptions) (v backup.Verdict, err error) {
 	id, level := o.ID, o.Level
 	start := time.Now()
-	r, release, err := f.Restore(ctx, RestoreOptions{ID: id, Purpose: backup.ForVerify, AllowTorn: o.AllowTorn})
+	r, release, err := f.Restore(ctx, RestoreOptions{ID: id, Purpose: backup.ForVerify, Recovery: o.Recovery, AllowTorn: o.AllowTorn})
 	switch {
 	case errors.Is(err, restore.ErrNoStart) && !errors.Is(err, backup.ErrLeft) && ctx.Err() == nil:
 		v = backup.Verdict{Backup: id, Level: level, Time: start.UTC(), Checks: []backup.Check{{Name: restore.Blamed(err), Result: backup.Failed, Detail: err.Error()}}}
@@ -183,6 +190,7 @@ func (f *Flow) Verify(ctx context.Context, o VerifyOptions) (v backup.Verdict, e
 type DumpOptions struct {
 	ID    backup.ID
 	Level int
+	Recovery
 	// Out gets the archive; nil puts it into the catalog under Name.
 	Out      io.Writer
 	Name     string
@@ -192,7 +200,7 @@ type DumpOptions struct {
 // Dump restores a backup into a throwaway copy, streams pg_dumpall from it and
 // removes the copy.
 func (f *Flow) Dump(ctx context.Context, o DumpOptions) (res dump.Result, err error) {
-	r, release, err := f.Restore(ctx, RestoreOptions{ID: o.ID, Purpose: backup.ForDump})
+	r, release, err := f.Restore(ctx, RestoreOptions{ID: o.ID, Purpose: backup.ForDump, Recovery: o.Recovery})
 	if err != nil {
 		return res, err
 	}

@@ -40,6 +40,7 @@ type Flow struct {
 	Host     string   // name of this host
 	Tool     string   // version of cleancut
 	Watchdog []string // command that runs host.Watch
+	Program  string   // path of cleancut, which a copy's restore_command runs
 	BinDirs  []string // where to look for PostgreSQL's programs first
 	Log      *slog.Logger
 	Progress func(phase, detail string) // what a person is told; may be nil

@@ -55,6 +55,16 @@ func (f *Flow) FetchWAL(ctx context.Context, name, to string, ahead func(ctx con
 	return archive.Fetch(ctx, o)
 }
 
+// AskWAL is FetchWAL for the server of a copy: it asks whoever restores the
+// copy, on that socket.
+func AskWAL(ctx context.Context, socket, name, to string) error {
+	file, err := wal.ParseFile(name)
+	if err != nil {
+		return err
+	}
+	return archive.Ask(ctx, socket, file, to)
+}
+
 // PrefetchWAL fetches what will be asked for after that file.
 func (f *Flow) PrefetchWAL(ctx context.Context, name, to string) error {
 	o, err := f.fetchOptions(name, to)
@@ -183,7 +193,7 @@ func (f *Flow) ListWAL(ctx context.Context) (out WALList, err error) {
 		return out, err
 	}
 	for _, e := range entries {
-		if e.Err == nil && e.Manifest.Cut.Achieved == backup.Atomic && e.Manifest.Server.SystemIdentifier == system.Identifier {
+		if e.Err == nil && e.Manifest.Cut.Achieved != backup.Torn && e.Manifest.Server.SystemIdentifier == system.Identifier {
 			out.Backups = append(out.Backups, out.reach(e.Manifest))
 		}
 	}

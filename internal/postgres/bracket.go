@@ -28,6 +28,9 @@ const bracketPlaced = Private + "/bracket-placed"
 // this counts, last.
 func (c *image) placeBracket(ctx context.Context) error {
 	b := c.plan.Bracket
+	if b == nil && c.plan.Archive {
+		return c.write(c.data, "recovery.signal", "")
+	}
 	if b == nil || c.placed() {
 		return nil
 	}

@@ -32,6 +32,10 @@ type Plan struct {
 	// opens a file of its WAL, whole.
 	Bracket *backup.Bracket
 	Segment func(ctx context.Context, name string) (io.ReadCloser, error)
+	// Archive lets the server recover beyond the image, by WAL that its
+	// restore_command brings (recovery.signal). Without a label it recovers
+	// from the image's own WAL first (InitWalRecovery, "atomic filesystem snapshot").
+	Archive bool
 }
 
 // Prepare turns the image of a data directory, with its WAL and tablespaces

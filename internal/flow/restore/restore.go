@@ -14,9 +14,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"time"
 
@@ -66,8 +68,18 @@ type Options struct {
 	Installation postgres.Installation
 	// Segment opens a WAL file of a bracketed backup.
 	Segment  func(ctx context.Context, name string) (io.ReadCloser, error)
+	Archive  *Archive                // nil: recovery needs nothing beyond the backup
 	Save     func(backup.Copy) error // writes the ledger
 	Progress func(phase, detail string)
+}
+
+// Archive is the recovery beyond a backup.
+type Archive struct {
+	Settings map[string]string          // the target
+	Command  func(socket string) string // restore_command
+	// Serve begins to answer restore_command for a copy's server, whose files
+	// have that owner. What stop returns made restore_command fail.
+	Serve func(ctx context.Context, socket string, uid, gid uint32) (stop func() error, err error)
 }
 
 // Run makes the copy and returns it with its ledger. On an error the caller
@@ -109,14 +121,14 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 	c.DataDirectory = c.Path(data.Path)
 	plan := postgres.Plan{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Places: m.Topology.Places,
 		Map:     func(original string) (string, bool) { return inCopy(*c, m.Topology, original) },
-		Bracket: m.Bracket, Segment: o.Segment}
+		Bracket: m.Bracket, Segment: o.Segment, Archive: o.Archive != nil}
 	if err := postgres.Prepare(ctx, plan); err != nil {
 		return nil, blame(ctx, c.DataDirectory, err)
 	}
 	o.Progress("recover", m.Server.Version)
-	instance, err := postgres.Start(ctx, postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Installation: o.Installation, Settings: recovery(m)})
+	instance, err := start(ctx, o, c)
 	if err != nil {
-		return nil, blame(ctx, c.DataDirectory, err)
+		return nil, err
 	}
 	c.SocketDir, c.Port, c.Superuser = instance.SocketDir, instance.Port, instance.Superuser
 	c.EndOfRecovery, c.FirstQuery = instance.EndOfRecovery, instance.FirstQuery.Seconds()
@@ -124,17 +136,55 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 	return instance, nil
 }
 
+// start starts the server and serves it WAL until it is out of recovery. An
+// archive that failed is not the image's fault.
+func start(ctx context.Context, o Options, c *backup.Copy) (*postgres.Instance, error) {
+	copied := postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: o.Manifest.Server, Installation: o.Installation}
+	if o.Archive == nil {
+		copied.Settings = recovery(o.Manifest)
+		instance, err := postgres.Start(ctx, copied)
+		if err != nil {
+			return nil, blame(ctx, c.DataDirectory, err)
+		}
+		return instance, nil
+	}
+	socket := filepath.Join(c.Root, postgres.Private, "wal")
+	copied.Settings = maps.Clone(o.Archive.Settings)
+	copied.Settings["restore_command"] = o.Archive.Command(socket)
+	stop, err := o.Archive.Serve(ctx, socket, o.Manifest.Server.UID, o.Manifest.Server.GID)
+	if err != nil {
+		return nil, err
+	}
+	instance, err := postgres.Start(ctx, copied)
+	served := stop()
+	switch {
+	case err == nil:
+		return instance, nil // an archive that failed later, after the target, no longer matters
+	case served != nil:
+		return nil, fmt.Errorf("recovery stopped, because the archive failed: %w; %w", served, err)
+	case unreached.MatchString(err.Error()):
+		return nil, backup.Hint(fmt.Errorf("the WAL in the catalog does not hold the recovery target: %w: %w", backup.ErrNotFound, err),
+			"see how far it reaches: cleancut wal list")
+	}
+	return nil, blame(ctx, c.DataDirectory, err)
+}
+
+// unreached is PostgreSQL's FATAL where all WAL was replayed and the target was
+// not met (PerformWalRecovery; lc_messages is C): nothing is wrong with the image.
+var unreached = regexp.MustCompile(`recovery ended before configured recovery target was reached`)
+
 // recovery is what the server is told about its recovery. Of an atomic cut it
 // is crash recovery, to which nothing is to be said. Of a bracketed one it is
-// archive recovery to the end of backup mode, with all WAL in pg_wal: the
-// "archive" never has a file. The timeline is the label's own: to follow
-// another one, or to name it by number, takes a history file.
+// archive recovery of the WAL that was kept with it, which ends where backup
+// mode did: all of it is in pg_wal, and the "archive" never has a file. A
+// target, "immediate" too, would need one record more. The timeline is the
+// label's own: to follow another one, or to name it by number, takes a history
+// file.
 func recovery(m backup.Manifest) map[string]string {
 	if m.Bracket == nil {
 		return nil
 	}
-	return map[string]string{"restore_command": "false", "recovery_target": "immediate", "recovery_target_action": "promote",
-		"recovery_target_timeline": "current"}
+	return map[string]string{"restore_command": "false", "recovery_target_timeline": "current"}
 }
 
 // blame wraps ErrNoStart around err where the image is at fault: its filesystem
