@@ -72,8 +72,10 @@ func (w *walLab) write(t *testing.T, megabytes int) {
 
 func (w *walLab) one(t testing.TB, s *pgtest.Server, sql string) string {
 	t.Helper()
+	conn := s.Connect(t, "postgres")
+	defer func() { _ = conn.Close(t.Context()) }() // there are 30, and some poll
 	var out string
-	if err := s.Connect(t, "postgres").QueryRow(t.Context(), sql).Scan(&out); err != nil {
+	if err := conn.QueryRow(t.Context(), sql).Scan(&out); err != nil {
 		t.Fatalf("%s: %v", sql, err)
 	}
 	return out
@@ -239,23 +241,18 @@ func TestArchiveCommandAndRestoreCommand(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	halve := func() error { return os.WriteFile(stored, whole[:len(whole)/2], 0o600) }
 	for name, c := range map[string]struct {
-		break_  func() error
-		command string
-		words   string
+		harm  func() error
+		words string
 	}{
-		"a segment that is damaged":           {func() error { return os.WriteFile(stored, whole[:len(whole)/2], 0o600) }, fetch, "damage found"},
-		"a catalog that is not there":         {func() error { return os.Rename(w.catalog, w.catalog+".away") }, fetch, "is the catalog mounted"},
-		"a cluster that has no WAL":           {nil, w.call() + " wal fetch --cluster other %f %p", "no WAL of this cluster"},
-		"a wrong flag":                        {nil, w.call() + " wal fetch --frobnicate %f %p", "unknown flag"},
-		"a damaged segment, also for standby": {func() error { return os.WriteFile(stored, whole[:len(whole)/2], 0o600) }, w.call() + " wal fetch --standby %f %p", "damage found"},
+		"a segment that is damaged":   {halve, "damage found"},
+		"a catalog that is not there": {func() error { return os.Rename(w.catalog, w.catalog+".away") }, "is the catalog mounted"},
 	} {
 		t.Run("the server stops before "+name, func(t *testing.T) {
-			s := w.recovering(t, base, strings.NewReplacer(" ", "", ",", "").Replace(name), c.command)
-			if c.break_ != nil {
-				if err := c.break_(); err != nil {
-					t.Fatal(err)
-				}
+			s := w.recovering(t, base, strings.ReplaceAll(name, " ", ""), fetch)
+			if err := c.harm(); err != nil {
+				t.Fatal(err)
 			}
 			log := refusesToStart(t, s)
 			_ = os.Rename(w.catalog+".away", w.catalog)
@@ -288,6 +285,12 @@ func TestArchiveCommandAndRestoreCommand(t *testing.T) {
 		w.run(t, "wal", "fetch", "000000010000000000000FFF", to).refused(t, 1, "not found")
 		w.run(t, "wal", "fetch", "00000007.history", to).refused(t, 1, "not found")
 		w.run(t, "wal", "fetch", "rubbish", to).refused(t, 200, "no name of a WAL file")
+		w.run(t, "wal", "fetch", "--frobnicate", last.String(), to).refused(t, 200, "unknown flag")
+		w.run(t, "wal", "fetch", "--cluster", "other", last.String(), to).refused(t, 200, "no WAL of this cluster", "is the catalog mounted")
+		if err := halve(); err != nil {
+			t.Fatal(err)
+		}
+		w.run(t, "wal", "fetch", "--standby", middle.String(), to).refused(t, 200, "damage found")
 		w.run(t, "wal", "fetch").refused(t, 200, "usage: cleancut wal fetch NAME PATH")
 		w.run(t, "wal", "fetch", "--standby", "--catalog", "s3://bucket/x?endpoint=http://127.0.0.1:1&region=x", last.String(), to).refused(t, 1, "")
 	})
