@@ -295,3 +295,76 @@ func TestArchiveCommandAndRestoreCommand(t *testing.T) {
 		w.run(t, "wal", "fetch", "--standby", "--catalog", "s3://bucket/x?endpoint=http://127.0.0.1:1&region=x", last.String(), to).refused(t, 1, "")
 	})
 }
+
+// TestPushAndFetchThatAreKilledAreRepeated kills them at each outside call. The
+// segment is the one that initdb makes.
+func TestPushAndFetchThatAreKilledAreRepeated(t *testing.T) {
+	t.Parallel()
+	cluster := pgtest.New(t, pgtest.Options{Small: true, NoStart: true})
+	all, err := filepath.Glob(filepath.Join(cluster.DataDirectory, "pg_wal", "0*"))
+	if err != nil || len(all) == 0 {
+		t.Fatalf("initdb left no segment: %v", err)
+	}
+	own, name := all[0], filepath.Base(all[0])
+	want, err := os.ReadFile(own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &walLab{lab: lab{dir: t.TempDir(), host: "prod"}}
+	w.catalog, w.state = filepath.Join(w.dir, "catalog"), filepath.Join(w.dir, "state")
+	to := filepath.Join(w.dir, "RECOVERYXLOG")
+	w.must(t, "wal", "push", own)
+	for what, args := range map[string][]string{"push": {"wal", "push", own}, "fetch": {"wal", "fetch", "--prefetch=false", name, to}} {
+		fresh := func() {
+			if what == "push" {
+				_ = os.RemoveAll(w.catalog)
+			}
+			_ = os.Remove(to)
+		}
+		fresh()
+		points := w.must(t, args...).points
+		for n, p := range points {
+			fresh()
+			if o := w.runWith(t, []string{fmt.Sprintf("CLEANCUT_FAULT=kill@%d", n+1)}, args...); o.code != -1 {
+				t.Errorf("%s, kill@%d %s: exit %d", what, n+1, p, o.code)
+			}
+			if got, err := os.ReadFile(to); err == nil && !bytes.Equal(got, want) {
+				t.Errorf("%s, kill@%d %s: half a file has the name that PostgreSQL waits for", what, n+1, p)
+			}
+			w.must(t, args...)
+			w.must(t, "wal", "fetch", "--prefetch=false", name, to)
+			if got, err := os.ReadFile(to); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("%s again after kill@%d %s: got %d bytes, %v", what, n+1, p, len(got), err)
+			}
+		}
+		if len(points) < 4 {
+			t.Errorf("%s: only %d points", what, len(points))
+		}
+	}
+	if left, _ := filepath.Glob(filepath.Join(w.dir, "*.cleancut")); left != nil {
+		t.Errorf("left: %v", left)
+	}
+}
+
+func TestTheSystemdUnitIsFit(t *testing.T) {
+	verify, err := exec.LookPath("systemd-analyze")
+	if err != nil {
+		t.Log("NOTE no systemd-analyze here: the unit is not looked at")
+		return
+	}
+	unit, err := os.ReadFile("../../dist/systemd/cleancut-wal.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const program = "/usr/local/bin/cleancut"
+	if !bytes.Contains(unit, []byte("ExecStart="+program+" wal stream\n")) {
+		t.Errorf("the unit does not run %s wal stream", program)
+	}
+	path := filepath.Join(t.TempDir(), "cleancut-wal.service") // with a program that is there
+	if err := os.WriteFile(path, bytes.ReplaceAll(unit, []byte(program), []byte("/bin/true")), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.CommandContext(t.Context(), verify, "verify", "--recursive-errors=no", path).CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("%v\n%s", err, out)
+	}
+}

@@ -190,7 +190,9 @@ func TestWALStreamSurvivesBadLuck(t *testing.T) {
 			}
 		}
 		w.run(t, "wal", "stream").refused(t, 1, "invalidated", "--skip-lost", "new backup")
+		s.Exec(t, "ALTER SYSTEM SET max_slot_wal_keep_size = -1", "SELECT pg_reload_conf()")
 		running = w.stream(t, nil, "--skip-lost")
+		eventually(t, "it receives again", func() bool { return w.status(t).State == "receiving" })
 		w.stored(t, s, 1)
 		o := w.must(t, "wal", "list")
 		if !strings.Contains(o.out, "GAP") || !strings.Contains(o.out, "missing") {
@@ -242,7 +244,7 @@ func TestWALStreamFollowsAPromotion(t *testing.T) {
 	t.Run("begun on the new timeline, the WAL since the slot's restart is fetched", func(t *testing.T) {
 		other := *w
 		other.dsn, other.catalog, other.state = standby.DSN("postgres"), filepath.Join(w.folder, "catalog2"), filepath.Join(t.TempDir(), "state")
-		again := other.stream(t, nil, "--slot", "another")
+		again := other.stream(t, nil, "--temporary-slot")
 		end := other.stored(t, standby, 2)
 		other.contiguous(t, standby, 2, end-mega, end)
 		again.stop(t, syscall.SIGTERM)
