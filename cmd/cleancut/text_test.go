@@ -86,7 +86,7 @@ func TestLogicalVolumesAreShown(t *testing.T) {
 
 func TestEveryCommandIsKnownToTheHelp(t *testing.T) {
 	out := bare(t).must(t, "--help").out
-	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "delete", "hold", "prune", "sweep", "catalog", "thaw", "demo", "drill", "ec2sim"} {
+	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "wal", "delete", "hold", "prune", "sweep", "catalog", "thaw", "demo", "drill", "ec2sim"} {
 		if !regexp.MustCompile(`(?m)^  ` + c + ` `).MatchString(out) {
 			t.Errorf("%s is not in the help", c)
 		}
@@ -104,6 +104,11 @@ func TestWrongRequestsExitWith2AndSayWhatIsWrong(t *testing.T) {
 		{"storage frobnicate", "frobnicate|what to do"},
 		{"catalog", "catalog|what to do|catalog rebuild"},
 		{"catalog frobnicate", "frobnicate|what to do"},
+		{"wal", "wal|what to do"},
+		{"wal frobnicate", "frobnicate|what to do"},
+		{"wal push", "wants the path of a WAL file|usage: cleancut wal push PATH"},
+		{"wal push /tmp/README", "no name of a WAL file"},
+		{"wal stream --slot No-Slot", "No-Slot|a-z, 0-9 and _"},
 		{"list --catalog s3://bucket/x?regoin=y", "regoin|?region=REGION"},
 		{"list --catalog s3://key:hidden@bucket", "holds no password"},
 		{"backup --frobnicate", "unknown flag|--frobnicate|cleancut backup --help"},

@@ -72,8 +72,10 @@ func (w *walLab) write(t *testing.T, megabytes int) {
 
 func (w *walLab) one(t testing.TB, s *pgtest.Server, sql string) string {
 	t.Helper()
+	conn := s.Connect(t, "postgres")
+	defer func() { _ = conn.Close(t.Context()) }() // there are 30, and some poll
 	var out string
-	if err := s.Connect(t, "postgres").QueryRow(t.Context(), sql).Scan(&out); err != nil {
+	if err := conn.QueryRow(t.Context(), sql).Scan(&out); err != nil {
 		t.Fatalf("%s: %v", sql, err)
 	}
 	return out
@@ -239,23 +241,18 @@ func TestArchiveCommandAndRestoreCommand(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	halve := func() error { return os.WriteFile(stored, whole[:len(whole)/2], 0o600) }
 	for name, c := range map[string]struct {
-		break_  func() error
-		command string
-		words   string
+		harm  func() error
+		words string
 	}{
-		"a segment that is damaged":           {func() error { return os.WriteFile(stored, whole[:len(whole)/2], 0o600) }, fetch, "damage found"},
-		"a catalog that is not there":         {func() error { return os.Rename(w.catalog, w.catalog+".away") }, fetch, "is the catalog mounted"},
-		"a cluster that has no WAL":           {nil, w.call() + " wal fetch --cluster other %f %p", "no WAL of this cluster"},
-		"a wrong flag":                        {nil, w.call() + " wal fetch --frobnicate %f %p", "unknown flag"},
-		"a damaged segment, also for standby": {func() error { return os.WriteFile(stored, whole[:len(whole)/2], 0o600) }, w.call() + " wal fetch --standby %f %p", "damage found"},
+		"a segment that is damaged":   {halve, "damage found"},
+		"a catalog that is not there": {func() error { return os.Rename(w.catalog, w.catalog+".away") }, "is the catalog mounted"},
 	} {
 		t.Run("the server stops before "+name, func(t *testing.T) {
-			s := w.recovering(t, base, strings.NewReplacer(" ", "", ",", "").Replace(name), c.command)
-			if c.break_ != nil {
-				if err := c.break_(); err != nil {
-					t.Fatal(err)
-				}
+			s := w.recovering(t, base, strings.ReplaceAll(name, " ", ""), fetch)
+			if err := c.harm(); err != nil {
+				t.Fatal(err)
 			}
 			log := refusesToStart(t, s)
 			_ = os.Rename(w.catalog+".away", w.catalog)
@@ -288,7 +285,86 @@ func TestArchiveCommandAndRestoreCommand(t *testing.T) {
 		w.run(t, "wal", "fetch", "000000010000000000000FFF", to).refused(t, 1, "not found")
 		w.run(t, "wal", "fetch", "00000007.history", to).refused(t, 1, "not found")
 		w.run(t, "wal", "fetch", "rubbish", to).refused(t, 200, "no name of a WAL file")
+		w.run(t, "wal", "fetch", "--frobnicate", last.String(), to).refused(t, 200, "unknown flag")
+		w.run(t, "wal", "fetch", "--cluster", "other", last.String(), to).refused(t, 200, "no WAL of this cluster", "is the catalog mounted")
+		if err := halve(); err != nil {
+			t.Fatal(err)
+		}
+		w.run(t, "wal", "fetch", "--standby", middle.String(), to).refused(t, 200, "damage found")
 		w.run(t, "wal", "fetch").refused(t, 200, "usage: cleancut wal fetch NAME PATH")
 		w.run(t, "wal", "fetch", "--standby", "--catalog", "s3://bucket/x?endpoint=http://127.0.0.1:1&region=x", last.String(), to).refused(t, 1, "")
 	})
+}
+
+// TestPushAndFetchThatAreKilledAreRepeated kills them at each outside call. The
+// segment is the one that initdb makes.
+func TestPushAndFetchThatAreKilledAreRepeated(t *testing.T) {
+	t.Parallel()
+	cluster := pgtest.New(t, pgtest.Options{Small: true, NoStart: true})
+	all, err := filepath.Glob(filepath.Join(cluster.DataDirectory, "pg_wal", "0*"))
+	if err != nil || len(all) == 0 {
+		t.Fatalf("initdb left no segment: %v", err)
+	}
+	own, name := all[0], filepath.Base(all[0])
+	want, err := os.ReadFile(own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &walLab{lab: lab{dir: t.TempDir(), host: "prod"}}
+	w.catalog, w.state = filepath.Join(w.dir, "catalog"), filepath.Join(w.dir, "state")
+	to := filepath.Join(w.dir, "RECOVERYXLOG")
+	w.must(t, "wal", "push", own)
+	for what, args := range map[string][]string{"push": {"wal", "push", own}, "fetch": {"wal", "fetch", "--prefetch=false", name, to}} {
+		fresh := func() {
+			if what == "push" {
+				_ = os.RemoveAll(w.catalog)
+			}
+			_ = os.Remove(to)
+		}
+		fresh()
+		points := w.must(t, args...).points
+		for n, p := range points {
+			fresh()
+			if o := w.runWith(t, []string{fmt.Sprintf("CLEANCUT_FAULT=kill@%d", n+1)}, args...); o.code != -1 {
+				t.Errorf("%s, kill@%d %s: exit %d", what, n+1, p, o.code)
+			}
+			if got, err := os.ReadFile(to); err == nil && !bytes.Equal(got, want) {
+				t.Errorf("%s, kill@%d %s: half a file has the name that PostgreSQL waits for", what, n+1, p)
+			}
+			w.must(t, args...)
+			w.must(t, "wal", "fetch", "--prefetch=false", name, to)
+			if got, err := os.ReadFile(to); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("%s again after kill@%d %s: got %d bytes, %v", what, n+1, p, len(got), err)
+			}
+		}
+		if len(points) < 4 {
+			t.Errorf("%s: only %d points", what, len(points))
+		}
+	}
+	if left, _ := filepath.Glob(filepath.Join(w.dir, "*.cleancut")); left != nil {
+		t.Errorf("left: %v", left)
+	}
+}
+
+func TestTheSystemdUnitIsFit(t *testing.T) {
+	verify, err := exec.LookPath("systemd-analyze")
+	if err != nil {
+		t.Log("NOTE no systemd-analyze here: the unit is not looked at")
+		return
+	}
+	unit, err := os.ReadFile("../../dist/systemd/cleancut-wal.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const program = "/usr/local/bin/cleancut"
+	if !bytes.Contains(unit, []byte("ExecStart="+program+" wal stream\n")) {
+		t.Errorf("the unit does not run %s wal stream", program)
+	}
+	path := filepath.Join(t.TempDir(), "cleancut-wal.service") // with a program that is there
+	if err := os.WriteFile(path, bytes.ReplaceAll(unit, []byte(program), []byte("/bin/true")), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.CommandContext(t.Context(), verify, "verify", "--recursive-errors=no", path).CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("%v\n%s", err, out)
+	}
 }
