@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"cleancut/internal/backup"
+	"cleancut/internal/fault"
 	"cleancut/internal/postgres"
 	"cleancut/internal/postgres/pgtest"
 )
@@ -279,6 +280,36 @@ func minimal(t *testing.T, s *pgtest.Server) {
 	refused(t, target(s), "wal_level is minimal", "wal_level = replica")
 	s.Stop(t)
 	refused(t, postgres.Target{DataDirectory: s.DataDirectory}, "no server runs", "start it")
+}
+
+func TestAFaultAtAnyCallOfBackupModeLeavesNoSession(t *testing.T) {
+	t.Parallel()
+	s := pgtest.New(t, pgtest.Options{})
+	// run goes from start to stop and leaves as soon as something fails.
+	run := func(ctx context.Context) error {
+		b, err := postgres.StartBackup(ctx, target(s), postgres.BackupModeOptions{Label: "faults", Fast: true})
+		if err != nil {
+			return err
+		}
+		if err = b.Check(ctx); err == nil {
+			_, err = b.Stop(ctx)
+		}
+		return errors.Join(err, b.Abort(ctx))
+	}
+	count := &fault.Injector{}
+	if err := run(fault.With(t.Context(), count)); err != nil || len(count.Passed()) != 6 {
+		t.Fatalf("got %v at %v, want 6 points", err, count.Passed())
+	}
+	conn := s.Connect(t, "postgres")
+	for n, name := range count.Passed() {
+		err := run(fault.With(t.Context(), &fault.Injector{Action: "error", At: n + 1}))
+		if !errors.Is(err, fault.ErrInjected) || errors.Is(err, backup.ErrVoid) == (n < 2) {
+			t.Errorf("%s: got %v", name, err)
+		}
+		until(t, "the end of all sessions after "+name, func() bool {
+			return query(t, conn, `SELECT count(*)::text FROM pg_stat_activity WHERE application_name = 'cleancut' AND pid <> pg_backend_pid()`) == "0"
+		})
+	}
 }
 
 func TestALabelThatWouldBreakBackupLabelIsRefused(t *testing.T) {

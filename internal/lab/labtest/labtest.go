@@ -30,8 +30,12 @@ const (
 	MD               // and md arrays
 )
 
-// binaryVariable hands the program built on the host to the test in the guest.
-const binaryVariable = "CLEANCUT_TEST_BINARY"
+// What is handed to the test in the guest: the program built on the host, and
+// the folder of PostgreSQL servers (scripts/install-deps) of whoever started it.
+const (
+	binaryVariable  = "CLEANCUT_TEST_BINARY"
+	serversVariable = "CLEANCUT_TEST_SERVERS"
+)
 
 // guestLimit is when a guest is given up, and lastWords how much earlier the
 // test in it ends, at most, with the stacks of its goroutines. A test gets
@@ -56,6 +60,7 @@ func Here(t *testing.T, need Need) bool {
 		t.Skip("needs real devices: run `make test`")
 	}
 	if os.Geteuid() == 0 && (need == Root || host.HasMD(t.Context())) {
+		showServers(t)
 		return true
 	}
 	if uml.Inside() {
@@ -66,6 +71,24 @@ func Here(t *testing.T, need Need) bool {
 	}
 	runInGuest(t)
 	return false
+}
+
+// showServers makes the user's PostgreSQL servers appear where root's are, in
+// the guest that this user started: a home may be closed to the server's user.
+func showServers(t *testing.T) {
+	t.Helper()
+	from := os.Getenv(serversVariable)
+	if from == "" || !uml.Inside() {
+		return
+	}
+	const to = "/var/cache/cleancut/postgresql"
+	err := os.MkdirAll(to, 0o755)
+	if err == nil {
+		_, err = host.Run(t.Context(), "mount", "--bind", from, to)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 func runInGuest(t *testing.T) {
@@ -83,6 +106,9 @@ func runInGuest(t *testing.T) {
 		timeout = min(timeout, time.Until(d)-5*time.Second)
 	}
 	env := []string{"PATH=" + os.Getenv("PATH"), "HOME=/root", "LANG=C.UTF-8", binaryVariable + "=" + Binary(t)}
+	if cache, err := os.UserCacheDir(); err == nil && os.Geteuid() != 0 {
+		env = append(env, serversVariable+"="+filepath.Join(cache, "cleancut", "postgresql"))
+	}
 	var out bytes.Buffer
 	guest := uml.Guest{Args: []string{exe, "-test.run=^" + t.Name() + "$", "-test.v", "-test.timeout=" + (timeout - min(lastWords, timeout/10)).String()},
 		Env: env, Dir: dir, Scratch: 24 << 30, Stdout: &out, Stderr: &out, Timeout: timeout}
