@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -60,11 +61,11 @@ const (
 // host that makes backups and one that judges them.
 type site struct {
 	Options
-	store    *store
-	work     string
-	pool     string
-	provider provider.Provider
-	a, b     *flow.Flow // production's host, and the one that judges
+	store *store
+	work  string
+	pool  string
+	cloud *cloud     // with the provider ec2
+	a, b  *flow.Flow // production's host, and the one that judges
 }
 
 func (s *site) tell(format string, args ...any) {
@@ -87,7 +88,7 @@ func here(ctx context.Context, o Options, st *store, batches []batch) (err error
 		return errors.Join(err, os.RemoveAll(s.work))
 	}
 	defer func() {
-		err = errors.Join(err, undo())
+		err = errors.Join(err, s.close(), undo())
 		left, lerr := lab.Left(s.work)
 		if lerr != nil || len(left) > 0 { // never remove through a mount
 			err = errors.Join(err, lerr, fmt.Errorf("%s: %w", strings.Join(left, "; "), backup.ErrLeft))
@@ -122,20 +123,40 @@ func (s *site) open(ctx context.Context) error {
 	if err := local.Init(ctx, s.pool); err != nil {
 		return err
 	}
-	var err error
-	if s.provider, err = local.Open(ctx, s.pool, s.Log); err != nil {
+	a, b, err := s.providers(ctx)
+	if err != nil {
 		return err
 	}
 	shared := catalog.New(catalog.NewDir(filepath.Join(s.work, "catalog")), "drill")
-	for name, f := range map[string]**flow.Flow{"a": &s.a, "b": &s.b} {
+	host := func(name string, p provider.Provider) (*flow.Flow, error) {
 		st, err := state.Open(filepath.Join(s.work, name))
-		if err != nil {
-			return err
-		}
-		*f = &flow.Flow{Provider: s.provider, Catalog: shared, State: st, Cluster: "drill", Host: name, Tool: s.Version,
-			Watchdog: []string{s.Program, "watchdog"}, Log: s.Log}
+		return &flow.Flow{Provider: p, Catalog: shared, State: st, Cluster: "drill", Host: name, Tool: s.Version,
+			Watchdog: []string{s.Program, "watchdog"}, Log: s.Log}, err
 	}
-	return nil
+	if s.a, err = host("a", a); err != nil {
+		return err
+	}
+	s.b, err = host("b", b)
+	return err
+}
+
+// providers are production's and the judging host's.
+func (s *site) providers(ctx context.Context) (a, b provider.Provider, err error) {
+	if s.Grid.Provider == EC2 {
+		if s.cloud, err = newCloud(ctx, s.pool, filepath.Join(s.work, "ec2"), s.Log); err != nil {
+			return nil, nil, err
+		}
+		return s.cloud.a, s.cloud.b, nil
+	}
+	p, err := local.Open(ctx, s.pool, s.Log)
+	return p, p, err
+}
+
+func (s *site) close() error {
+	if s.cloud == nil {
+		return nil
+	}
+	return s.cloud.close()
 }
 
 // run makes one production run, takes its cuts, and judges the images when the
@@ -296,27 +317,46 @@ func (s *site) keep(ctx context.Context, t Trial) (string, error) {
 	}
 	for _, sn := range entry.Manifest.Snapshots {
 		to := filepath.Join(dir, fmt.Sprintf("member-%d.img", sn.Member))
-		if _, err := host.Run(ctx, "cp", "--sparse=always", filepath.Join(s.pool, "snapshots", string(sn.ID)+".img"), to); err != nil {
+		id := sn.ID
+		if s.cloud != nil {
+			id = s.cloud.sim.InPool(id)
+		}
+		if _, err := host.Run(ctx, "cp", "--sparse=always", filepath.Join(s.pool, "snapshots", string(id)+".img"), to); err != nil {
 			return "", err
 		}
 	}
 	return rel, nil
 }
 
-// place says where what a layout needs can be had: here, in the guest, or why
+// place says where what a cell needs can be had: here, in the guest, or why
 // not.
-func place(ctx context.Context) func(needs string) (where, why string) {
-	root, md := os.Geteuid() == 0, host.HasMD(ctx)
-	return func(needs string) (string, string) {
+func place(ctx context.Context) func(needs []string) (where, why string) {
+	has := map[string]bool{needsMD: host.HasMD(ctx), needsDM: hasDM()}
+	return func(needs []string) (string, string) {
+		lacks := slices.DeleteFunc(slices.Clone(needs), func(n string) bool { return has[n] })
+		if os.Geteuid() != 0 {
+			lacks = append(lacks, "root")
+		}
 		switch {
 		case uml.Inside():
 			return string(lab.UML), ""
-		case root && (needs == "" || needs == "md" && md):
+		case len(lacks) == 0:
 			return string(lab.Native), ""
 		}
 		if missing := uml.Missing(); len(missing) > 0 {
-			return "", fmt.Sprintf("this kernel or user cannot do it, and no user-mode kernel can run: missing %s", strings.Join(missing, ", "))
+			return "", fmt.Sprintf("there is no %s here, and no user-mode kernel can run: missing %s", strings.Join(lacks, " and no "), strings.Join(missing, ", "))
 		}
 		return string(lab.UML), ""
 	}
+}
+
+// hasDM: the control node may stand there without its driver, and then does
+// not open.
+func hasDM() bool {
+	f, err := os.OpenFile("/dev/mapper/control", os.O_RDWR, 0)
+	if err != nil {
+		return false
+	}
+	_ = f.Close() // nothing was asked of it
+	return true
 }

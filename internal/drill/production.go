@@ -94,8 +94,8 @@ func (p *production) makeServer(ctx context.Context) error {
 	for _, o := range l.storages(p.batch.ground, p.VolumeSize) {
 		o.Host, o.Mountpoint, o.MountOptions = productionHost, filepath.Join(p.work, o.Name), []string{"noatime"}
 		o.Fstab, o.MdadmConf = filepath.Join(p.work, "fstab"), filepath.Join(p.work, "mdadm.conf")
-		p.later(func(ctx context.Context) error { return flow.DestroyStorage(ctx, p.provider, o) })
-		if _, err := flow.CreateStorage(ctx, p.provider, o); err != nil {
+		p.later(func(ctx context.Context) error { return flow.DestroyStorage(ctx, p.a.Provider, o) })
+		if _, err := flow.CreateStorage(ctx, p.a.Provider, o); err != nil {
 			return err
 		}
 		p.mounts = append(p.mounts, o.Mountpoint)
