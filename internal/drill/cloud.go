@@ -50,6 +50,9 @@ func newCloud(ctx context.Context, pool, devices string, log *slog.Logger) (_ *c
 			err = errors.Join(err, c.close())
 		}
 	}()
+	if err := c.hideLoops(devices); err != nil {
+		return nil, err
+	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, fmt.Errorf("EC2 test server: %w", err)
@@ -64,6 +67,22 @@ func newCloud(ctx context.Context, pool, devices string, log *slog.Logger) (_ *c
 		}
 	}
 	return c, nil
+}
+
+// hideLoops has LVM look at the volumes only and not also at the loop devices
+// that they lie on, where it would find all its labels a second time.
+func (c *cloud) hideLoops(devices string) error {
+	if c.sim.GroupCuts() != "" { // the volumes are the loop devices
+		return nil
+	}
+	dir := devices + "-lvm"
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return fmt.Errorf("EC2 test server: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "lvm.conf"), []byte(`devices { global_filter = [ "r|^/dev/loop|" ] }`+"\n"), 0o644); err != nil {
+		return fmt.Errorf("EC2 test server: %w", err)
+	}
+	return os.Setenv("LVM_SYSTEM_DIR", dir)
 }
 
 // close ends the server and takes away what it made.

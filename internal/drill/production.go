@@ -64,7 +64,7 @@ func (s *site) produce(ctx context.Context, b batch) (p *production, err error) 
 		return p, err
 	}
 	l, _ := presetOf(b.ground.Load)
-	if p.load, err = load.Start(ctx, p.server.Connect, l.which(seed)); err != nil {
+	if p.load, err = load.Start(ctx, p.server.Connect, l.which(seed, p.mounts)); err != nil {
 		return p, err
 	}
 	p.later(func(context.Context) error { _, err := p.load.Stop(); return err })
