@@ -97,7 +97,7 @@ them. The exit code is 4 if any cut that was held is damaged.`,
 
 // gridFlags are the flags that take lists.
 type gridFlags struct {
-	mode, skew, volumes, chunk, layout, fs, load, checkpoint []string
+	mode, skew, order, volumes, chunk, layout, fs, load, checkpoint []string
 }
 
 // flagSet is the part of cobra's flags that define needs.
@@ -112,6 +112,7 @@ func (g *gridFlags) define(f flagSet) {
 	}{
 		{&g.mode, "mode", "freeze,none", "ways to cut: freeze, group (needs --provider ec2), none (nothing is held)"},
 		{&g.skew, "skew", "0,5s", "time between members, from the answer for one to the request for the next"},
+		{&g.order, "order", "forward", "of the members, with a skew: forward (data, WAL, tablespaces, or the slots), backward"},
 		{&g.volumes, "volumes", "4", "numbers of volumes"},
 		{&g.chunk, "chunk", "64K", "chunk sizes of a stripe, 4K to 1M"},
 		{&g.layout, "layout", "raid0", "raid0, linear, lvm, lvm-striped; separate: data, WAL and tablespaces on volumes of their own"},
@@ -125,7 +126,7 @@ func (g *gridFlags) define(f flagSet) {
 
 // grid reads the lists.
 func (g *gridFlags) grid() (out drill.Grid, err error) {
-	out = drill.Grid{Layouts: g.layout, Filesystems: g.fs, Loads: g.load, Checkpoints: g.checkpoint}
+	out = drill.Grid{Orders: g.order, Layouts: g.layout, Filesystems: g.fs, Loads: g.load, Checkpoints: g.checkpoint}
 	for _, m := range g.mode {
 		out.Modes = append(out.Modes, backup.Mode(m))
 	}
@@ -161,6 +162,9 @@ func (a *app) drillText(s drill.Summary) {
 	rows[0] = append(rows[0], "DAMAGED", "95 % INTERVAL")
 	for _, c := range s.Cells {
 		conditions := c.Ground()
+		if c.Order != "" {
+			conditions += ", " + c.Order
+		}
 		if c.Checkpoint == drill.CheckpointBefore {
 			conditions += ", checkpoint before"
 		}

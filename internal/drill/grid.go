@@ -19,6 +19,13 @@ const (
 	CheckpointNone   = "none"
 )
 
+// The order in which members are cut: forward is data, WAL, tablespaces, or
+// the slots of a stripe.
+const (
+	Forward  = "forward"
+	Backward = "backward"
+)
+
 // Who owns the volumes.
 const (
 	Local = "local"
@@ -31,6 +38,7 @@ type Grid struct {
 	Provider    string // Local, EC2; "" is Local
 	Modes       []backup.Mode
 	Skews       []time.Duration // between members: from the answer for one to the request for the next
+	Orders      []string
 	Volumes     []int
 	Chunks      []backup.Bytes // of stripes
 	Layouts     []string
@@ -51,6 +59,7 @@ type Cell struct {
 	Checkpoint string       `json:"checkpoint,omitempty"`
 	Mode       backup.Mode  `json:"mode"`
 	SkewMS     int64        `json:"skew_ms"`
+	Order      string       `json:"order,omitempty"` // "": forward
 }
 
 // Skew is the time between two members.
@@ -59,7 +68,7 @@ func (c Cell) Skew() time.Duration { return time.Duration(c.SkewMS) * time.Milli
 // ground is the part of a cell that production itself is made of: cells with
 // the same ground are cut in the same production run.
 func (c Cell) ground() Cell {
-	c.Mode, c.SkewMS, c.Checkpoint = "", 0, ""
+	c.Mode, c.SkewMS, c.Order, c.Checkpoint = "", 0, "", ""
 	return c
 }
 
@@ -68,6 +77,9 @@ func (c Cell) Conditions() string {
 	words := []string{string(c.Mode), c.Skew().String() + " apart"}
 	if c.SkewMS == 0 {
 		words[1] = "all at once"
+	}
+	if c.Order != "" {
+		words = append(words, c.Order)
 	}
 	if c.Checkpoint == CheckpointBefore {
 		words = append(words, "checkpoint before")
@@ -159,8 +171,8 @@ type Refusal struct {
 
 // Cells combines the grid. where says for what a cell needs of the kernel the
 // place that has it all, or the reason why there is none. A combination that
-// differs from another one in nothing but a chunk size or a skew that does not
-// exist, as in the one call of a group, comes once. If any cell is refused,
+// differs from another one in nothing but a chunk size that does not exist, a
+// skew in a group, which is one call, or an order without a skew, comes once. If any cell is refused,
 // nothing should be run.
 func (g Grid) Cells(where func(needs []string) (place, why string)) (cells []Cell, refused []Refusal) {
 	for _, c := range g.all() {
@@ -170,6 +182,9 @@ func (g Grid) Cells(where func(needs []string) (place, why string)) (cells []Cel
 		}
 		if c.Mode == backup.ModeGroup {
 			c.SkewMS = 0
+		}
+		if c.SkewMS == 0 || c.Order == Forward {
+			c.Order = ""
 		}
 		why := c.wrong(l, known)
 		if why == "" {
@@ -214,6 +229,7 @@ func (g Grid) all() []Cell {
 	out = cross(out, g.Loads, func(c *Cell, v string) { c.Load = v })
 	out = cross(out, g.Modes, func(c *Cell, v backup.Mode) { c.Mode = v })
 	out = cross(out, g.Skews, func(c *Cell, v time.Duration) { c.SkewMS = v.Milliseconds() })
+	out = cross(out, g.Orders, func(c *Cell, v string) { c.Order = v })
 	return cross(out, g.Checkpoints, func(c *Cell, v string) { c.Checkpoint = v })
 }
 
@@ -250,6 +266,8 @@ func (c Cell) wrong(l layout, known bool) string {
 		return fmt.Sprintf("filesystem %q: xfs or ext4", c.Filesystem)
 	case c.SkewMS < 0 || c.SkewMS > 600_000:
 		return fmt.Sprintf("a skew of %s: want 0 to 10m", c.Skew())
+	case c.Order != "" && c.Order != Backward:
+		return fmt.Sprintf("order %q: forward or backward", c.Order)
 	case !loaded:
 		return fmt.Sprintf("load %q: light, heavy or metadata", c.Load)
 	case c.Checkpoint != CheckpointBefore && c.Checkpoint != CheckpointNone:

@@ -13,7 +13,7 @@ import (
 )
 
 func grid() drill.Grid {
-	return drill.Grid{Modes: []backup.Mode{"freeze", "none"}, Skews: []time.Duration{0, 5 * time.Second}, Volumes: []int{4}, Chunks: []backup.Bytes{64 << 10, 1 << 20},
+	return drill.Grid{Modes: []backup.Mode{"freeze", "none"}, Skews: []time.Duration{0, 5 * time.Second}, Orders: []string{"forward"}, Volumes: []int{4}, Chunks: []backup.Bytes{64 << 10, 1 << 20},
 		Layouts: []string{"raid0", "separate"}, Filesystems: []string{"xfs"}, Loads: []string{"heavy"}, Checkpoints: []string{"none"}}
 }
 
@@ -46,6 +46,7 @@ func TestCellsThatCannotBeDoneAreNamed(t *testing.T) {
 		{"a chunk that is none", func(g *drill.Grid) { g.Chunks = append(g.Chunks, 65000) }, "power of two"},
 		{"a filesystem", func(g *drill.Grid) { g.Filesystems = append(g.Filesystems, "btrfs") }, "xfs or ext4"},
 		{"a load", func(g *drill.Grid) { g.Loads = append(g.Loads, "idle") }, `load "idle"`},
+		{"an order", func(g *drill.Grid) { g.Orders = append(g.Orders, "random") }, `order "random"`},
 		{"a skew", func(g *drill.Grid) { g.Skews = append(g.Skews, -1e9) }, "a skew of -1s"},
 		{"a checkpoint", func(g *drill.Grid) { g.Checkpoints = append(g.Checkpoints, "after") }, `checkpoint "after"`},
 	} {
@@ -97,6 +98,15 @@ func TestAGroupIsOneCallSoItHasNoSkew(t *testing.T) {
 	// All cells of a ground are of one production run, so of one kernel.
 	if len(asked) != 1 || !asked["device mapper"] {
 		t.Errorf("needs %v, want the device mapper for each cell of a grid with groups", asked)
+	}
+}
+
+func TestAnOrderIsOneOnlyWithASkew(t *testing.T) {
+	g := grid()
+	g.Layouts, g.Orders = []string{"separate"}, []string{drill.Forward, drill.Backward}
+	cells, refused := g.Cells(everywhere)
+	if len(cells) != 2*(1+2) || len(refused) > 0 {
+		t.Errorf("%d cells, refused %v: want freeze and none, each without skew once and with it in both orders", len(cells), refused)
 	}
 }
 

@@ -213,7 +213,11 @@ func (p *production) shoot(ctx context.Context) (shots []shot, err error) {
 func (p *production) cut(ctx context.Context, c Cell) shot {
 	s := shot{cell: c, at: time.Now().UTC()}
 	members := time.Duration(c.Volumes)
-	s.manifest, s.err = p.a.Backup(ctx, flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: c.Mode, Skew: c.Skew(),
+	a := *p.a
+	if c.Order == Backward {
+		a.Provider = backward{a.Provider}
+	}
+	s.manifest, s.err = a.Backup(ctx, flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: c.Mode, Skew: c.Skew(),
 		Deadline: 2*members*c.Skew() + 2*time.Minute, Quick: 5 * time.Second, Rounds: 20, KeepAway: []string{p.pool, p.Out}, AllowForeign: p.load.Files != nil,
 		BeforeFreeze: func(ctx context.Context) error {
 			if c.Checkpoint != CheckpointBefore {

@@ -139,7 +139,7 @@ func (o Options) arguments() []string {
 	return []string{
 		"--provider", cmp.Or(g.Provider, Local), "--mode", list(len(g.Modes), func(i int) string { return string(g.Modes[i]) }),
 		"--skew", list(len(g.Skews), func(i int) string { return g.Skews[i].String() }),
-		"--volumes", list(len(g.Volumes), func(i int) string { return strconv.Itoa(g.Volumes[i]) }),
+		"--order", strings.Join(g.Orders, ","), "--volumes", list(len(g.Volumes), func(i int) string { return strconv.Itoa(g.Volumes[i]) }),
 		"--chunk", list(len(g.Chunks), func(i int) string { return strconv.FormatInt(int64(g.Chunks[i]), 10) }),
 		"--fs", strings.Join(g.Filesystems, ","), "--load", strings.Join(g.Loads, ","), "--checkpoint", strings.Join(g.Checkpoints, ","),
 		"--trials", strconv.Itoa(o.Trials), "--seed", strconv.FormatInt(o.Seed, 10), "--out", o.Out, "--keep", o.Keep,
