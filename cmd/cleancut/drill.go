@@ -1,6 +1,8 @@
 package main
 
 import (
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -18,7 +20,7 @@ import (
 func (a *app) drillCommand() *cobra.Command {
 	o := drill.Options{Version: version}
 	var lists gridFlags
-	var size, provider string
+	var size, provider, judge string
 	var here bool
 	c := &cobra.Command{
 		Use: "drill", GroupID: "look", Args: exactly(0, ""),
@@ -67,6 +69,9 @@ them. The exit code is 4 if any cut that was held is damaged.`,
 			}
 			o.Grid.Provider = provider
 			o.Progress, o.Log = a.err, a.log
+			if judge != "" {
+				return a.judgeKept(c.Context(), o, judge)
+			}
 			if here {
 				return drill.Inside(c.Context(), o)
 			}
@@ -90,9 +95,29 @@ them. The exit code is 4 if any cut that was held is damaged.`,
 	f.StringVar(&o.Report, "report", "", "file for the report; its data goes beside it (default: report.html in the output folder)")
 	f.Int64Var(&o.Rows, "rows", 20000, "rows of the play database")
 	f.StringVar(&size, "size", "1G", "size of each volume")
+	f.StringVar(&judge, "judge", "", "judge this folder of kept images once more, and do nothing else")
 	f.BoolVar(&here, "here", false, "make trials in this process's kernel, whatever it is, and nothing else")
 	_ = f.MarkHidden("here")
 	return c
+}
+
+// judgeKept judges one image set; damage in it is a result, not a failure.
+func (a *app) judgeKept(ctx context.Context, o drill.Options, dir string) error {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return fmt.Errorf("%w: kept images: %w", backup.ErrUsage, err)
+	}
+	j, err := drill.JudgeKept(ctx, o, dir)
+	if err != nil {
+		return err
+	}
+	return a.print(j, func() {
+		a.line("\n%s: %s", j.Backup, cmp.Or(string(j.Class), "not judged"))
+		if j.Reason != "" {
+			a.line("  %s", j.Reason)
+		}
+		a.checksText(j.Checks)
+	})
 }
 
 // gridFlags are the flags that take lists.

@@ -2,6 +2,7 @@ package drill
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -74,7 +75,21 @@ func (s *site) tell(format string, args ...any) {
 
 // here runs batches in this process, which must be root. It returns with
 // nothing left but the lines in the output folder.
-func here(ctx context.Context, o Options, st *store, batches []batch) (err error) {
+func here(ctx context.Context, o Options, st *store, batches []batch) error {
+	return atSite(ctx, o, st, poolSize(o), func(s *site) error {
+		for i, b := range batches {
+			s.tell("production run %d of %d: %s, trial %d, %d cuts", i+1, len(batches), b.ground.Ground(), b.n, len(b.cells))
+			if err := s.run(ctx, b); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// atSite makes a site, has it used, and takes it away again. An error that
+// wraps backup.ErrLeft names what stands.
+func atSite(ctx context.Context, o Options, st *store, pool backup.Bytes, use func(s *site) error) (err error) {
 	s := &site{Options: o, store: st}
 	if s.work, err = os.MkdirTemp("/tmp", "ccx-"); err != nil { // short: a socket's path has 107 bytes
 		return fmt.Errorf("drill: %w", err)
@@ -83,7 +98,7 @@ func here(ctx context.Context, o Options, st *store, batches []batch) (err error
 		return fmt.Errorf("drill: %w", err)
 	}
 	s.pool = filepath.Join(s.work, "pool")
-	undo, err := lab.Pool(ctx, s.pool, "xfs", poolSize(o))
+	undo, err := lab.Pool(ctx, s.pool, "xfs", pool)
 	if err != nil {
 		return errors.Join(err, os.RemoveAll(s.work))
 	}
@@ -99,13 +114,7 @@ func here(ctx context.Context, o Options, st *store, batches []batch) (err error
 	if err := s.open(ctx); err != nil {
 		return err
 	}
-	for i, b := range batches {
-		s.tell("production run %d of %d: %s, trial %d, %d cuts", i+1, len(batches), b.ground.Ground(), b.n, len(b.cells))
-		if err := s.run(ctx, b); err != nil {
-			return err
-		}
-	}
-	return nil
+	return use(s)
 }
 
 // poolSize leaves room for production and for the images of the largest run;
@@ -178,7 +187,7 @@ func (s *site) run(ctx context.Context, b batch) (err error) {
 	for _, shot := range shots {
 		t := s.judge(ctx, shot)
 		t.Seed, t.N, t.Run = s.Seed, b.n, string(id)
-		err := s.finish(ctx, &t)
+		err := s.finish(ctx, &t, shot.promise)
 		if ctx.Err() != nil {
 			return errors.Join(ctx.Err(), err)
 		}
@@ -224,7 +233,7 @@ func (s *site) judge(ctx context.Context, shot shot) Trial {
 	ctx, cancel := context.WithTimeout(ctx, judgeTime)
 	defer cancel()
 	start := time.Now()
-	v, found, err := JudgeImage(ctx, s.b, shot.manifest.ID, shot.promise)
+	v, found, err := JudgeImage(ctx, s.b, shot.manifest.ID, &shot.promise)
 	t.Seconds, t.Checks, t.Found, t.Recovery = time.Since(start).Seconds(), v.Checks, found, v.FirstSec
 	if err != nil {
 		t.Reason = err.Error()
@@ -235,17 +244,20 @@ func (s *site) judge(ctx context.Context, shot shot) Trial {
 }
 
 // JudgeImage restores a backup into a throwaway copy, compares its rows with
-// the promise and runs every check of level full. Damage is in the result; the
-// error is for what kept it from being judged.
-func JudgeImage(ctx context.Context, f *flow.Flow, id backup.ID, promise load.Promise) (v backup.Verdict, found *load.Finding, err error) {
+// the promise (nil: does not) and runs every check of level full. Damage is in
+// the result; the error is for what kept it from being judged.
+func JudgeImage(ctx context.Context, f *flow.Flow, id backup.ID, promise *load.Promise) (v backup.Verdict, found *load.Finding, err error) {
 	v, err = f.Verify(ctx, flow.VerifyOptions{ID: id, Level: backup.LevelFull, AllowTorn: true,
 		Look: func(ctx context.Context, r flow.Restored) error {
+			if promise == nil {
+				return nil
+			}
 			conn, err := r.Instance.Connect(ctx, "postgres")
 			if err != nil {
 				return err
 			}
 			defer conn.Close(context.WithoutCancel(ctx))
-			f, err := load.Judge(ctx, conn, promise)
+			f, err := load.Judge(ctx, conn, *promise)
 			if err != nil {
 				return err
 			}
@@ -264,11 +276,11 @@ func JudgeImage(ctx context.Context, f *flow.Flow, id backup.ID, promise load.Pr
 // finish keeps the image set if that is wanted, removes it from the pool, and
 // writes the line, in this order: a line says where its images are. A trial
 // that was interrupted leaves no line.
-func (s *site) finish(ctx context.Context, t *Trial) error {
+func (s *site) finish(ctx context.Context, t *Trial, promise load.Promise) error {
 	interrupted := ctx.Err() != nil
 	var err error
 	if !interrupted && t.Backup != "" && (s.Keep == KeepAll || s.Keep == KeepDamaged && t.Class != Sound) {
-		t.Kept, err = s.keep(ctx, *t)
+		t.Kept, err = s.keep(ctx, *t, promise)
 	}
 	if t.Backup != "" {
 		undoing, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
@@ -297,8 +309,9 @@ func shorten(reason string) string {
 	return reason
 }
 
-// keep copies the images, sparse, with the manifest, out of the pool.
-func (s *site) keep(ctx context.Context, t Trial) (string, error) {
+// keep copies the images, sparse, with the manifest and the promise, out of the
+// pool: all that JudgeKept needs.
+func (s *site) keep(ctx context.Context, t Trial, promise load.Promise) (string, error) {
 	rel := filepath.Join("images", string(t.Backup))
 	dir := filepath.Join(s.Out, rel)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -312,11 +325,15 @@ func (s *site) keep(ctx context.Context, t Trial) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := os.WriteFile(filepath.Join(dir, "manifest.json"), b, 0o644); err != nil {
+	promised, err := json.Marshal(promise)
+	if err != nil {
+		return "", fmt.Errorf("keep images: %w", err)
+	}
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, manifestFile), b, 0o644), os.WriteFile(filepath.Join(dir, promiseFile), promised, 0o644)); err != nil {
 		return "", fmt.Errorf("keep images: %w", err)
 	}
 	for _, sn := range entry.Manifest.Snapshots {
-		to := filepath.Join(dir, fmt.Sprintf("member-%d.img", sn.Member))
+		to := filepath.Join(dir, imageFile(sn.Member))
 		id := sn.ID
 		if s.cloud != nil {
 			id = s.cloud.sim.InPool(id)

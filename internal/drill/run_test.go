@@ -6,8 +6,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -66,8 +68,8 @@ func TestADrillThatIsStoppedGoesOnWhereItWas(t *testing.T) {
 		return
 	}
 	o := small(t)
-	o.Keep, o.Grid.Orders = drill.KeepAll, []string{drill.Forward, drill.Backward}
-	const want = 2 * 3 // freeze and none, all at once and with a skew in two orders
+	o.Keep, o.Grid.Skews, o.Grid.Orders = drill.KeepAll, []time.Duration{200 * time.Millisecond}, []string{drill.Forward, drill.Backward}
+	const want = 2 * 2 // freeze and none in two orders
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	o.Progress = &cancelAt{t, "sound  ", cancel}
@@ -101,10 +103,11 @@ func TestADrillThatIsStoppedGoesOnWhereItWas(t *testing.T) {
 		if trial.Order == drill.Backward {
 			skew = -skew
 		}
-		if trial.SkewMS > 0 && skew < 2*trial.Skew() {
+		if skew < 2*trial.Skew() {
 			t.Errorf("%s: the last member was cut %v after the first", trial.Conditions(), skew)
 		}
 	}
+	judgedAgain(t, o, all[0])
 	reported(t, o, want)
 	began := time.Now()
 	if _, err := drill.Run(t.Context(), o); err != nil || len(lines(t, o)) != want || time.Since(began) > 5*time.Second {
@@ -126,6 +129,46 @@ func isKept(t *testing.T, o drill.Options, trial drill.Trial) {
 	images, err := filepath.Glob(filepath.Join(o.Out, trial.Kept, "member-*.img"))
 	if err != nil || len(images) != 3 {
 		t.Errorf("images %q (%v), want 3", images, err)
+	}
+}
+
+// judgedAgain demands the same of a kept image set, which is not touched.
+func judgedAgain(t *testing.T, o drill.Options, trial drill.Trial) {
+	t.Helper()
+	dir := filepath.Join(o.Out, trial.Kept)
+	o.Out = "" // what is not needed
+	before := listing(t, dir)
+	j, err := drill.JudgeKept(t.Context(), o, dir)
+	if err != nil || j.Class != trial.Class || j.Backup != trial.Backup || len(j.Checks) != len(trial.Checks) || j.Found == nil || j.Found.Words.Found != trial.Found.Words.Found {
+		t.Errorf("judged again: %+v (%v), want it as it was: %+v", j, err, trial)
+	}
+	if after := listing(t, dir); !maps.Equal(before, after) {
+		t.Errorf("the kept files were %v and are %v", before, after)
+	}
+}
+
+// listing is every file of a folder with its size and when it was changed.
+func listing(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		info, err := e.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out[e.Name()] = fmt.Sprint(info.Size(), info.ModTime())
+	}
+	return out
+}
+
+func TestAFolderWithoutKeptImagesIsNotJudged(t *testing.T) {
+	_, err := drill.JudgeKept(t.Context(), drill.Options{Progress: io.Discard}, t.TempDir())
+	if !errors.Is(err, backup.ErrUsage) || backup.HintOf(err) == "" {
+		t.Errorf("got %v, want a usage error that says which folder to name", err)
 	}
 }
 
