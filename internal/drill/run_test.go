@@ -132,6 +132,25 @@ func isKept(t *testing.T, o drill.Options, trial drill.Trial) {
 	}
 }
 
+func TestVolumesOfTheEC2TestServerAreCutAndKeptToo(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	o := small(t)
+	o.Keep, o.Grid.Provider, o.Grid.Modes = drill.KeepAll, drill.EC2, []backup.Mode{"freeze"}
+	s, err := drill.Run(t.Context(), o)
+	if err != nil || len(s.Cells) != 2 {
+		t.Fatalf("got %+v and %v, want the cut at once and the one with a skew", s.Cells, err)
+	}
+	for _, trial := range lines(t, o) {
+		isKept(t, o, trial)
+		skew := trial.Members[2].Requested.Sub(trial.Members[0].Requested)
+		if trial.Class != drill.Sound || trial.Provider != drill.EC2 || trial.SkewMS > 0 && skew < 2*trial.Skew() {
+			t.Errorf("%s: %s, the last member was cut %v after the first", trial.Conditions(), trial.Class, skew)
+		}
+	}
+}
+
 // judgedAgain demands the same of a kept image set, which is not touched.
 func judgedAgain(t *testing.T, o drill.Options, trial drill.Trial) {
 	t.Helper()
