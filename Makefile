@@ -10,10 +10,10 @@ TIMEOUT ?= 60m
 FUZZTIME ?= 10s
 BENCHFLAGS ?=
 
-.PHONY: help build demo test check bench fuzz deps clean
+.PHONY: help build demo test drill-ci check bench fuzz deps clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 build: ## bin/cleancut and bin/umlrun, static
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
@@ -23,6 +23,9 @@ demo: deps build ## the whole story on this machine (DEMOFLAGS="--rows N --json"
 
 test: deps build ## all tests, also on real devices, arrays and servers (TESTFLAGS="-run X"); CI=true: a skip fails
 	go test -json -count=1 -timeout $(TIMEOUT) $(TESTFLAGS) ./... | scripts/testlog
+
+drill-ci: deps build ## a small drill, in 75 s: the torn cut must be damaged, the frozen ones sound (DRILLFLAGS="--seed 7")
+	scripts/drill-ci
 
 # Needs neither root nor a Debian package. Tests that touch a device, a server or the guest skip under -short.
 check: ## the fast inner loop: format, vet, staticcheck, shape of the tree, race tests of what is pure

@@ -91,6 +91,9 @@ func (s CellSummary) Sentence() string {
 	when := "with all members at once"
 	if s.SkewMS > 0 {
 		when = "with " + s.Skew().String() + " between members"
+		if s.Order != "" {
+			when += ", the last first"
+		}
 	}
 	what := fmt.Sprintf("%d of %d %s %s were damaged", s.Damaged, s.Trials, cuts, when)
 	if s.Trials == 1 {
