@@ -192,10 +192,10 @@ func (o options) measure(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(o.impact(ctx, d, tools), ctx.Err()); err != nil {
+	if err := o.impact(ctx, d, tools); err != nil {
 		return backup.Hint(err, "what was measured is kept; the same command goes on")
 	}
-	if err := errors.Join(o.sizes(ctx, d), ctx.Err()); err != nil {
+	if err := o.sizes(ctx, d); err != nil {
 		return backup.Hint(err, "what was measured is kept; the same command goes on")
 	}
 	return d.Finish(filepath.Join(o.data(), "impact.json"))

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -50,7 +51,7 @@ func (o options) impact(ctx context.Context, d *evidence.Diary, tools []tool) (e
 		say("pair %d of %d: %s, repeat %d", i+1, len(jobs), j.tool.Name, j.repeat)
 		p, err := s.pair(ctx, group, j.tool)
 		if ctx.Err() != nil {
-			return errors.Join(err, ctx.Err())
+			return cmp.Or(err, ctx.Err())
 		}
 		if err != nil {
 			say("%s failed: %v", j.tool.Name, err)
