@@ -37,6 +37,7 @@ type site struct {
 	image    string // the file behind it
 	provider provider.Provider
 	server   lab.Server
+	made     []backup.ID // with cleancut, not deleted yet
 	undo     []func(ctx context.Context) error
 }
 

@@ -78,18 +78,11 @@ func versionOf(ctx context.Context, key string) string {
 // volume shares no blocks with it.
 func prepareCleancut(_ context.Context, s *site) (func(context.Context) error, error) {
 	return func(ctx context.Context) error {
-		var all struct {
-			Backups []struct {
-				ID backup.ID `json:"id"`
-			} `json:"backups"`
-		}
-		if err := s.answer(ctx, &all, "list"); err != nil {
-			return err
-		}
 		var errs []error
-		for _, b := range all.Backups {
-			errs = append(errs, s.answer(ctx, nil, "delete", string(b.ID), "--yes", "--force-last"))
+		for _, id := range s.made {
+			errs = append(errs, s.answer(ctx, nil, "delete", string(id), "--yes", "--force-last"))
 		}
+		s.made = nil
 		return errors.Join(errs...)
 	}, nil
 }
@@ -99,6 +92,7 @@ func backupCleancut(ctx context.Context, s *site) (*evidence.Cut, error) {
 	if err := s.answer(ctx, &m, "backup", "--mode", "freeze"); err != nil {
 		return nil, err
 	}
+	s.made = append(s.made, m.ID)
 	return &evidence.Cut{FreezeMS: m.Cut.FreezeMS, Rounds: m.Cut.SyncRounds}, nil
 }
 
