@@ -28,7 +28,9 @@ func TestThePageIsWhatItsDataGive(t *testing.T) {
 	}
 }
 
-func at(seconds float64) time.Time { return time.Unix(1000, 0).Add(evidence.Seconds(seconds).Duration()) }
+func at(seconds float64) time.Time {
+	return time.Unix(1000, 0).Add(evidence.Seconds(seconds).Duration())
+}
 
 func TestPgbenchsLogIsReadAndALineCutShortIsNot(t *testing.T) {
 	got, err := evidence.Transactions(strings.NewReader("0 1 500000 0 1000 0\n1 1 2000000 0 1003 250000\nprogress: x\n0 2 1000 0 10"))
