@@ -118,8 +118,9 @@ type Diary struct {
 	path string
 }
 
-// OpenDiary begins a diary, or goes on with one that has the same conditions,
-// tools and version. Any other is an error that wraps backup.ErrUsage.
+// OpenDiary begins a diary, or goes on with one that has the same conditions
+// but for the repeats, the same tools and the same version. Any other is an
+// error that wraps backup.ErrUsage.
 func OpenDiary(path string, s Start) (*Diary, error) {
 	d := &Diary{path: path}
 	text, err := os.ReadFile(path)
@@ -150,6 +151,7 @@ func OpenDiary(path string, s Start) (*Diary, error) {
 			d.Sizes = append(d.Sizes, *l.Size)
 		}
 	}
+	d.Conditions.Repeats = s.Conditions.Repeats // fewer end it sooner
 	if !reflect.DeepEqual([]any{d.Conditions, d.Machine, d.Tools}, []any{s.Conditions, s.Machine, s.Tools}) {
 		return nil, backup.Hint(fmt.Errorf("%w: %s was begun under other conditions, with other tools or with another version of cleancut", backup.ErrUsage, path),
 			"measure with the same ones, or remove it to begin anew")

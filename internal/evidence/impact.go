@@ -27,6 +27,23 @@ func (m Measurement) of(tool string) []Pair {
 	return slices.DeleteFunc(slices.Clone(m.Pairs), func(p Pair) bool { return p.Tool != tool })
 }
 
+// repeats is how often the tools were measured, in words.
+func (m Measurement) repeats() string {
+	var counts []int
+	for _, t := range m.Tools {
+		if n := len(m.of(t.Key)); n > 0 {
+			counts = append(counts, n)
+		}
+	}
+	switch {
+	case len(counts) == 0:
+		return "0"
+	case slices.Min(counts) == slices.Max(counts):
+		return fmt.Sprint(counts[0])
+	}
+	return fmt.Sprintf("%d to %d", slices.Min(counts), slices.Max(counts))
+}
+
 // low counts the whole seconds below noBelow: beside the tools, and alone.
 func low(pairs []Pair) (with, ofWith, alone, ofAlone int) {
 	for _, p := range pairs {
@@ -40,17 +57,18 @@ func (p *page) impact(m Measurement) {
 	c := m.Conditions
 	p.line("## What a backup costs production")
 	p.line("")
-	p.line("Begun %s UTC. ", m.At.UTC().Format("2006-01-02 15:04"))
+	p.line("Begun %s UTC.", m.At.UTC().Format("2006-01-02 15:04"))
 	p.machine(m.Machine)
 	loads := each(m.Pairs, func(p Pair) float64 { return p.Load })
 	p.line("The machine's load average before each pair was %s.", spread("%.1f", loads))
 	p.line("")
 	p.line("Production is one server on one XFS filesystem on one volume of the local provider, limited to %d IOPS and %.0f MB/s, reads and writes each, in the root blkio cgroup, so that the kernel's", c.IOPS, megabytes(c.Throughput))
 	p.line("writeback is limited, too. Server and tools share %s of memory, page cache included; pgbench at scale %d runs with %d sessions as fast as it can. `shared_buffers` is 128 MB,", c.Memory, c.Scale, c.Clients)
-	p.line("`checkpoint_timeout` %g s with the default spread, so that every window holds the same share of checkpoints; page checksums are on. What tools write goes to another filesystem without a limit.", float64(c.Checkpoint))
+	p.line("`checkpoint_timeout` %g s with the default spread instead of 5 min, so that all windows hold about the same share of checkpoints; page checksums are on. What tools write goes to another filesystem,", float64(c.Checkpoint))
+	p.line("of the machine's disk, without a limit.")
 	p.line("")
-	p.line("A pair is a checkpoint, a quiet volume, %g s of warm-up, a window of %g s alone, and the window of the tool: from its call to its end, for cleancut on to %g s after its end.", float64(c.WarmUp), float64(c.Alone), float64(c.After))
-	p.line("Each tool was measured %d times, in an order of its own in each repeat. cleancut's backup is deleted after its pair.", c.Repeats)
+	p.line("A pair begins with a checkpoint, the database read into the page cache, and a quiet volume, all without the limit. Then %g s of warm-up, a window of %g s alone, and the window of the tool:", float64(c.WarmUp), float64(c.Alone))
+	p.line("from its call to its end, for cleancut on to %g s after its end. Each tool was measured %s times, in an order of its own in each repeat. cleancut's backup is deleted after its pair.", float64(c.After), m.repeats())
 	p.line("**Kept** is the mean of the tool's window over the mean alone right before it, **worst second** the least transactions of a whole second over the same mean; the row of production alone has the")
 	p.line("same for the windows alone. Latencies are of whole transactions up to the answer to their commit, in milliseconds; reads and writes are the volume's own.")
 	p.line("")

@@ -115,15 +115,19 @@ const (
 	settleMax = 3 * time.Minute
 )
 
-// settle writes out what is left from before, and waits until the volume has
-// had no request for a while: the limit works off its backlog first. With it
-// begins a checkpoint's term, so that windows hold the same share of one.
-func (s *site) settle(ctx context.Context) error {
-	if err := s.exec(ctx, "CHECKPOINT"); err != nil {
+// settle brings production, without a limit, to where each pair begins: a
+// checkpoint was made, the page cache is full of the database whatever the
+// last tool read or wrote, and the volume has had no request for a while.
+func (s *site) settle(ctx context.Context, group memoryGroup) error {
+	if err := errors.Join(s.exec(ctx, "CHECKPOINT"), s.sync()); err != nil {
 		return err
 	}
-	if err := s.sync(); err != nil {
+	files, err := filepath.Glob(filepath.Join(s.server.Data, "base", "*", "[0-9]*"))
+	if err != nil {
 		return err
+	}
+	if err := group.run(func() error { return exec.CommandContext(ctx, "cat", files...).Run() }); err != nil {
+		return fmt.Errorf("read the database: %w", err)
 	}
 	tick := time.NewTicker(250 * time.Millisecond)
 	defer tick.Stop()
@@ -131,8 +135,7 @@ func (s *site) settle(ctx context.Context) error {
 	last, err := s.mark()
 	for err == nil && time.Since(last.at) < quiet {
 		if time.Since(began) > settleMax {
-			say("the volume is still busy after %s: going on", settleMax)
-			return nil
+			return fmt.Errorf("the volume is still busy after %s without load", settleMax)
 		}
 		select {
 		case <-tick.C:

@@ -92,14 +92,6 @@ func (o options) production(ctx context.Context) (s *site, group memoryGroup, er
 	if err := group.run(func() error { _, err := output(fill); return err }); err != nil {
 		return s, group, err
 	}
-	if err := errors.Join(s.exec(ctx, "CHECKPOINT"), s.sync()); err != nil {
-		return s, group, err
-	}
-	unlimit, err := limitVolume(s.device, o.IOPS, o.Throughput)
-	if err != nil {
-		return s, group, err
-	}
-	s.later(func(context.Context) error { return unlimit() })
 	return s, group, nil
 }
 
@@ -116,9 +108,14 @@ func (s *site) pair(ctx context.Context, group memoryGroup, t tool) (p evidence.
 		defer cancel()
 		err = errors.Join(err, release(undoing))
 	}()
-	if err := s.settle(ctx); err != nil {
+	if err := s.settle(ctx, group); err != nil {
 		return p, err
 	}
+	unlimit, err := limitVolume(s.device, s.IOPS, s.Throughput)
+	if err != nil {
+		return p, err
+	}
+	defer func() { err = errors.Join(err, unlimit()) }()
 	load, loaded, err := s.startLoad(ctx)
 	if err != nil {
 		return p, err
