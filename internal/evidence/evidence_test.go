@@ -1,6 +1,7 @@
 package evidence_test
 
 import (
+	"encoding/xml"
 	"errors"
 	"math"
 	"os"
@@ -25,6 +26,15 @@ func TestThePageIsWhatItsDataGive(t *testing.T) {
 	}
 	if want := evidence.Page(d); string(got) != want {
 		t.Errorf("docs/evidence.md is not what docs/evidence gives: run `make evidence`")
+	}
+	if d.Impact == nil {
+		return
+	}
+	if got, err = os.ReadFile("../../docs/evidence/throughput.svg"); err != nil {
+		t.Fatal(err)
+	}
+	if string(got) != evidence.Chart(*d.Impact) {
+		t.Errorf("docs/evidence/throughput.svg is not what docs/evidence gives: run `make evidence`")
 	}
 }
 
@@ -133,6 +143,26 @@ func TestThePageSaysWhetherTheTargetWasReached(t *testing.T) {
 				t.Errorf("not a figure in:\n%s", got)
 			}
 		})
+	}
+}
+
+func TestTheChartShowsThePairWithTheMedianOfEachToolAndIsXML(t *testing.T) {
+	d := measurement(steady(10, 10), steady(95, 97), steady(200, 300))
+	d.Impact.Tools[0].Name = "a <b> & c"
+	got := evidence.Chart(*d.Impact)
+	if err := xml.Unmarshal([]byte(got), new(struct{})); err != nil {
+		t.Errorf("%v in:\n%s", err, got)
+	}
+	for _, want := range []string{">kept 0.96<", ">kept 0.50<", "a &lt;b&gt; &amp; c"} {
+		if !strings.Contains(got, want) {
+			t.Errorf("no %q in:\n%s", want, got)
+		}
+	}
+	if n := strings.Count(got, "<polyline"); n != 4 {
+		t.Errorf("%d lines, want two of each of two tools", n)
+	}
+	if got := evidence.Chart(evidence.Measurement{}); got != "" {
+		t.Errorf("nothing was measured, and the chart is %q", got)
 	}
 }
 

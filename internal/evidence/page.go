@@ -57,14 +57,23 @@ func readStrictly(file string, into any) error {
 	return nil
 }
 
-// Write writes evidence.md of a folder from the data in its evidence/.
+// Write writes evidence.md of a folder, and its chart, from the data in its
+// evidence/.
 func Write(docs string) error {
 	d, err := Read(filepath.Join(docs, "evidence"))
 	if err != nil {
 		return err
 	}
+	if d.Impact != nil {
+		if err := os.WriteFile(filepath.Join(docs, chartFile), []byte(Chart(*d.Impact)), 0o644); err != nil {
+			return err
+		}
+	}
 	return os.WriteFile(filepath.Join(docs, "evidence.md"), []byte(Page(d)), 0o644)
 }
+
+// chartFile is the chart's path, from the page.
+const chartFile = "evidence/throughput.svg"
 
 // Page is the page. The same data gives the same page.
 func Page(d Data) string {
