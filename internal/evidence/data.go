@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"os"
 	"reflect"
+	"strconv"
+	"strings"
 	"time"
 
 	"cleancut/internal/backup"
@@ -209,12 +211,24 @@ func (d *Diary) HasSize(want backup.Bytes, aged bool) bool {
 
 // Finish writes the measurement to a file and removes the diary.
 func (d *Diary) Finish(path string) error {
-	b, err := json.MarshalIndent(d.Measurement, "", " ")
-	if err != nil {
-		return fmt.Errorf("measurement: %w", err)
-	}
-	if err := os.WriteFile(path, append(b, '\n'), 0o644); err != nil {
-		return fmt.Errorf("measurement: %w", err)
+	if err := writeLines(path, d.Measurement, "machine", "conditions", "tools", "key", "pairs", "repeat", "sizes", "want_bytes"); err != nil {
+		return err
 	}
 	return os.Remove(d.path)
+}
+
+// writeLines writes JSON with a new line before each object or field that
+// begins with one of some names. Quotes within strings are escaped, so none of
+// these is taken for a name.
+func writeLines(path string, v any, names ...string) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	text := string(b)
+	for _, name := range names {
+		name = strconv.Quote(name) + ":"
+		text = strings.NewReplacer("{"+name, "\n{"+name, ","+name, ",\n"+name).Replace(text)
+	}
+	return os.WriteFile(path, []byte(text+"\n"), 0o644)
 }

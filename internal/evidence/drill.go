@@ -45,11 +45,7 @@ func ReadDrill(file string) (Drill, error) {
 
 // Keep writes it as drill-NAME.json into a folder of data.
 func (d Drill) Keep(dir, name string) error {
-	b, err := json.MarshalIndent(d, "", " ")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(filepath.Join(dir, "drill-"+name+".json"), append(b, '\n'), 0o644)
+	return writeLines(filepath.Join(dir, "drill-"+name+".json"), d, "where", "runs", "began")
 }
 
 // cells counts its trials with the drill's own statistics.
@@ -95,8 +91,14 @@ func (p *page) drill(d Drill) {
 		}
 	}
 	m := d.Runs[len(d.Runs)-1].Machine
-	server, _, _ := strings.Cut(m.PostgreSQL, ",")
-	p.line("%s to %s UTC, %d production runs. %d processors, Linux %s, %s, cleancut %s.", first.UTC().Format("2006-01-02 15:04"), last.UTC().Format("2006-01-02 15:04"), len(d.Runs), m.Processors, m.Kernel, server, m.Cleancut)
+	server, _, _ := strings.Cut(m.PostgreSQL, " on ")
+	var versions []string
+	for _, r := range d.Runs {
+		if !slices.Contains(versions, r.Machine.Cleancut) {
+			versions = append(versions, r.Machine.Cleancut)
+		}
+	}
+	p.line("%s to %s UTC, %d production runs. %d processors, Linux %s, %s, cleancut %s.", first.UTC().Format("2006-01-02 15:04"), last.UTC().Format("2006-01-02 15:04"), len(d.Runs), m.Processors, m.Kernel, server, strings.Join(versions, ", "))
 	p.line("")
 	head := []string{"cuts", "trials"}
 	for _, c := range drill.Classes() {
@@ -137,7 +139,7 @@ func (p *page) held(drills []Drill) {
 	}
 	p.line("### All held cuts")
 	p.line("")
-	p.line("Of all files, loads and times between members, by layout. The limit is the upper one of the 95 %% interval.")
+	p.line("Of all files, loads and times between members, by layout. The limit is the upper one of the 95 %% interval; it takes the cuts for independent, which those of one production run are not quite.")
 	p.line("")
 	p.head("layout", "held cuts", "damaged", "at most")
 	slices.Sort(order)

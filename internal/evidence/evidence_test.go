@@ -53,6 +53,17 @@ func TestPgbenchsLogIsReadAndALineCutShortIsNot(t *testing.T) {
 	}
 }
 
+func FuzzTransactions(f *testing.F) {
+	f.Add("0 1 500000 0 1000 0\n")
+	f.Add("0 1 -9223372036854775808 0 9223372036854775807 -1\n1 1 1 0 1 1")
+	f.Fuzz(func(t *testing.T, log string) {
+		got, err := evidence.Transactions(strings.NewReader(log))
+		if lines := strings.Count(log, "\n") + 1; len(got) > lines {
+			t.Errorf("%d transactions of %d lines, %v", len(got), lines, err)
+		}
+	})
+}
+
 func TestAWindowCountsWhatEndedInIt(t *testing.T) {
 	var all []evidence.Transaction
 	for i := range 100 { // ten a second from 0 to 10, each of 50 ms

@@ -60,7 +60,7 @@ func (p *page) impact(m Measurement) {
 	p.line("Begun %s UTC.", m.At.UTC().Format("2006-01-02 15:04"))
 	p.machine(m.Machine)
 	loads := each(m.Pairs, func(p Pair) float64 { return p.Load })
-	p.line("The machine's load average before each pair was %s.", spread("%.1f", loads))
+	p.line("The machine's load average before each pair, with what the measurement itself had just done, was %s.", spread("%.1f", loads))
 	p.line("")
 	p.line("Production is one server on one XFS filesystem on one volume of the local provider, limited to %d IOPS and %.0f MB/s, reads and writes each, in the root blkio cgroup, so that the kernel's", c.IOPS, megabytes(c.Throughput))
 	p.line("writeback is limited, too. Server and tools share %s of memory, page cache included; pgbench at scale %d runs with %d sessions as fast as it can. `shared_buffers` is 128 MB,", c.Memory, c.Scale, c.Clients)

@@ -39,6 +39,7 @@ type options struct {
 	program string // path of cleancut
 	docs    string // folder of evidence.md
 	work    string // folder for everything that is made
+	tools   string // keys of those to measure, commas between; "": all
 	render  bool
 	drill   string // report.json of a drill, to be kept as data
 	as      string // its name there
@@ -114,6 +115,7 @@ func parse(args []string) (options, error) {
 	f.IntVar(&o.Extents, "extents", 100_000, "extents of an aged volume")
 	f.IntVar(&o.Backups, "backups", 5, "backups of each size, after one that does not count")
 	f.IntVar(&o.Restores, "restores", 3, "restores of each size")
+	f.StringVar(&o.tools, "tools", "", "measure only these, commas between: cleancut-freeze, pg_dumpall, pg_basebackup, pgbackrest, barman (default all)")
 	f.StringVar(&o.program, "program", "bin/cleancut", "cleancut")
 	f.StringVar(&o.docs, "docs", "docs", "folder of evidence.md; its data is in evidence/ below")
 	f.StringVar(&o.work, "work", "/tmp", "folder for everything that is made and goes away again, about 30 GB; short")
@@ -183,7 +185,10 @@ func (o options) measure(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	tools := allTools(ctx)
+	tools, err := o.wantedTools(ctx)
+	if err != nil {
+		return err
+	}
 	start := evidence.Start{At: time.Now().UTC(), Machine: m, Conditions: o.Conditions}
 	for _, t := range tools {
 		start.Tools = append(start.Tools, t.Tool)

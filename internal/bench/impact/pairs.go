@@ -21,6 +21,9 @@ import (
 	"cleancut/internal/lab"
 )
 
+// toolTime is when a backup that does not end is given up.
+const toolTime = 30 * time.Minute
+
 // impact measures each tool that is installed, in each repeat in an order that
 // the seed gives.
 func (o options) impact(ctx context.Context, d *evidence.Diary, tools []tool) (err error) {
@@ -144,8 +147,10 @@ func (s *site) windows(ctx context.Context, group memoryGroup, t tool, p *eviden
 	if marks[1], err = s.mark(); err != nil {
 		return err
 	}
-	if err := group.run(func() (err error) { p.Cut, err = t.backup(ctx, s); return err }); err != nil {
-		return err
+	limited, cancel := context.WithTimeoutCause(ctx, toolTime, fmt.Errorf("not done after %s", toolTime))
+	defer cancel()
+	if err := group.run(func() (err error) { p.Cut, err = t.backup(limited, s); return err }); err != nil {
+		return cmp.Or(context.Cause(limited), err)
 	}
 	p.Seconds = time.Since(marks[1].at).Seconds()
 	if t.after {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -56,6 +57,26 @@ func allTools(ctx context.Context) []tool {
 		}
 	}
 	return tools
+}
+
+// wantedTools is allTools, of which those that were not asked for say so.
+func (o options) wantedTools(ctx context.Context) ([]tool, error) {
+	all := allTools(ctx)
+	if o.tools == "" {
+		return all, nil
+	}
+	asked := strings.Split(o.tools, ",")
+	for i := range all {
+		if at := slices.Index(asked, all[i].Key); at >= 0 {
+			asked = slices.Delete(asked, at, at+1)
+		} else {
+			all[i].Missing = "not measured"
+		}
+	}
+	if len(asked) > 0 {
+		return nil, fmt.Errorf("%w: -tools: there is no %q", backup.ErrUsage, asked)
+	}
+	return all, nil
 }
 
 // versionOf is what a tool says about itself; PostgreSQL's own are told with
