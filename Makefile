@@ -9,11 +9,12 @@ TESTFLAGS ?=
 TIMEOUT ?= 60m
 FUZZTIME ?= 10s
 BENCHFLAGS ?=
+IMPACTFLAGS ?=
 
-.PHONY: help build demo test drill-ci check bench fuzz deps clean
+.PHONY: help build demo test drill-ci check bench bench-impact evidence fuzz deps clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 build: ## bin/cleancut and bin/umlrun, static
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
@@ -48,6 +49,15 @@ bench: deps build ## measure; ratios and spreads, nothing passes or fails (BENCH
 	@echo "machine: $$(uname -srm), $$(nproc) processors, $$(awk '/MemTotal/{printf "%.1f GiB", $$2/1048576}' /proc/meminfo), $$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)"
 	@echo "version: $(VERSION), $$(go version), $$(ls -d /usr/lib/postgresql/*/bin | tr '\n' ' ')"
 	go test -run '^$$' -bench . -count=1 -timeout $(TIMEOUT) $(BENCHFLAGS) ./...
+
+IMPACT := go run -ldflags '-X main.version=$(VERSION)' ./internal/bench/impact
+
+bench-impact: deps build ## what backups cost production, for docs/evidence.md; root, an hour, a quiet machine (IMPACTFLAGS="-repeats N")
+	scripts/install-deps --peers || echo "measured without what is missing"
+	$(IMPACT) $(IMPACTFLAGS)
+
+evidence: ## docs/evidence.md from the data in docs/evidence
+	$(IMPACT) -render
 
 fuzz: ## every fuzz target for a moment (FUZZTIME=10s)
 	@grep -r --include='*_test.go' -o '^func Fuzz[A-Za-z0-9_]*' cmd internal | sed 's/:func / /' | while read -r file target; do \
