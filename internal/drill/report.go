@@ -97,7 +97,7 @@ func outcomes(s Summary, trials []Trial) *report.Drill {
 		}
 	}
 	for _, c := range s.Checks {
-		d.Checks = append(d.Checks, report.CheckRow{Name: c.Check, Caught: c.Caught, Missed: c.Missed, CouldNotRun: c.CouldNotRun, SoundPassed: c.OnSound})
+		d.Checks = append(d.Checks, report.CheckRow{Name: c.Check, Caught: c.Caught, Missed: c.Missed, SoundPassed: c.OnSound})
 	}
 	if protected > 0 {
 		held := damaged == 0

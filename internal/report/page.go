@@ -42,9 +42,11 @@ type Mark struct {
 // Bar is an interval of the cut, or an instant where To is not after From.
 // Bars with the same Lane share a line of the Gantt chart; lanes stand in the
 // order of their first bar in Page.Gantt. Name tells bars of one lane apart
-// and may be empty. A bar with a zero From is listed as not measured.
+// and may be empty; Phase gives its colour. A bar with a zero From is listed as
+// not measured.
 type Bar struct {
 	Lane, Name string
+	Phase      Phase
 	From, To   time.Time
 }
 
@@ -77,6 +79,7 @@ type Page struct {
 	Steps           []Step
 	Throughput      []Series
 	Marks           []Mark
+	Cut             string // a sentence: which cut Gantt shows
 	Gantt           []Bar
 	Drill           *Drill // of an experiment; nil: the page tells of steps
 }
