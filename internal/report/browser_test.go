@@ -196,11 +196,12 @@ func TestInABrowserTheDemosChartsAreThere(t *testing.T) {
 			f.drawn(t, "plots", f.Plots, 2, 500, "line", "bg")
 			f.drawn(t, "Gantt charts", f.Lanes, 2, 160, "phase2", "phase3", "phase4")
 			f.drawn(t, "Gantt charts", f.Lanes, 2, 15, "phase5") // an instant
+			f.drawn(t, "stalls", f.Stalls, 1, 10, "edge")
 			f.drawn(t, "chart of the whole cut", f.Lanes[:1], 1, 1000, "phase1")
 			if want := "syncfs, freeze pg, volume 0, volume 1, volume 2, volume 3, freeze pg, volume 0, volume 1, volume 2, volume 3"; strings.Join(f.Names, ", ") != want {
 				t.Errorf("got lanes %q", f.Names)
 			}
-			if want := "verdict, throughput, cut, steps, machine"; strings.Join(f.Order, ", ") != want || f.Steps != 6 {
+			if want := "verdict, stalls, throughput, cut, steps, machine"; strings.Join(f.Order, ", ") != want || f.Steps != 6 {
 				t.Errorf("got parts %q and %d steps", f.Order, f.Steps)
 			}
 		})

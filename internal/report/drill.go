@@ -3,7 +3,6 @@ package report
 import (
 	"fmt"
 	"math"
-	"slices"
 	"strings"
 	"time"
 )
@@ -47,8 +46,6 @@ type drillView struct {
 	Explained      string
 	Legend         []legend
 	Grounds        []groundView
-	Stalls         bool // there are some
-	Ticks          []tick
 	Checks         []checkView
 	Sound, Damaged int // images
 }
@@ -66,7 +63,6 @@ type legend struct {
 type cellView struct {
 	Name, Counted, Said string
 	Bars                []stack
-	Stall               stallView
 }
 
 type checkView struct {
@@ -79,12 +75,6 @@ type stack struct {
 	N        int // class
 	X, Width float64
 	Label    string
-}
-
-type stallView struct {
-	Words  string
-	Dots   []float64
-	Median float64
 }
 
 func (d *Drill) verdict() verdict {
@@ -105,13 +95,12 @@ func (d *Drill) view() *drillView {
 	for i, c := range d.Classes {
 		v.Legend = append(v.Legend, legend{i, c.Key, c.Words})
 	}
-	place := d.axis(v)
 	for _, c := range d.Cells {
 		if n := len(v.Grounds); n == 0 || v.Grounds[n-1].Name != c.Ground {
 			v.Grounds = append(v.Grounds, groundView{Name: c.Ground})
 		}
 		g := &v.Grounds[len(v.Grounds)-1]
-		g.Cells = append(g.Cells, d.cell(c, place))
+		g.Cells = append(g.Cells, d.cell(c))
 		for i, n := range c.Counts {
 			if i == 0 {
 				v.Sound += n
@@ -128,24 +117,15 @@ func (d *Drill) view() *drillView {
 	return v
 }
 
-func (d *Drill) cell(c Cell, place func(time.Duration) float64) cellView {
+func (d *Drill) cell(c Cell) cellView {
 	keys := make([]string, len(d.Classes))
 	for i, class := range d.Classes {
 		keys[i] = class.Key
 	}
-	v := cellView{Name: c.Name, Said: c.Said, Counted: "no trial was judged", Stall: stallView{Words: "no trial"}}
+	v := cellView{Name: c.Name, Said: c.Said, Counted: "no trial was judged"}
 	var words []string
 	if v.Bars, words = stacked(c.Counts, keys); len(words) > 0 {
 		v.Counted = strings.Join(words, ", ")
-	}
-	sorted := slices.Sorted(slices.Values(c.Stalls))
-	for _, t := range sorted {
-		v.Stall.Dots = append(v.Stall.Dots, place(t))
-	}
-	if n := len(sorted); n > 0 {
-		median := (sorted[(n-1)/2] + sorted[n/2]) / 2
-		v.Stall.Median = place(median)
-		v.Stall.Words = fmt.Sprintf("median %s, longest %s, %d trials", seconds(median.Seconds()), seconds(sorted[n-1].Seconds()), n)
 	}
 	return v
 }
@@ -168,28 +148,3 @@ func stacked(counts []int, keys []string) (bars []stack, words []string) {
 }
 
 func percentOf(n, all int) float64 { return math.Round(float64(n)/float64(max(all, 1))*1e5) / 1e3 }
-
-// axis is a logarithmic one that the stalls of all cells share, from a
-// millisecond or more to what the longest needs.
-func (d *Drill) axis(v *drillView) (place func(time.Duration) float64) {
-	var all []time.Duration
-	for _, c := range d.Cells {
-		all = append(all, c.Stalls...)
-	}
-	if v.Stalls = len(all) > 0; !v.Stalls {
-		return nil
-	}
-	decade := func(t time.Duration) float64 { return math.Log10(max(float64(t)/float64(time.Millisecond), 1)) }
-	first := math.Floor(decade(slices.Min(all)))
-	last := math.Max(math.Ceil(decade(slices.Max(all))+1e-9), first+1)
-	x := func(t float64) float64 { return 2 + math.Round((t-first)/(last-first)*96e3)/1e3 }
-	for e := first; e <= last; e++ {
-		label := fmt.Sprintf("%.0f ms", math.Pow(10, e))
-		if e >= 3 {
-			label = fmt.Sprintf("%.0f s", math.Pow(10, e-3))
-		}
-		v.Ticks = append(v.Ticks, tick{x(e), label, "middle"})
-	}
-	v.Ticks[0].Anchor, v.Ticks[len(v.Ticks)-1].Anchor = "start", "end"
-	return func(t time.Duration) float64 { return x(decade(t)) }
-}

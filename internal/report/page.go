@@ -66,6 +66,13 @@ type Step struct {
 	Error   string
 }
 
+// Stalls are how long commits stood still in one kind of situation, one dot a
+// length. Those of one Ground stand under its name and should follow each other.
+type Stalls struct {
+	Ground, Name string
+	Lengths      []time.Duration
+}
+
 // Page is all that a report shows. Said are the plain words about what was
 // proven and what was not, a line each.
 //
@@ -79,7 +86,9 @@ type Page struct {
 	Steps           []Step
 	Throughput      []Series
 	Marks           []Mark
-	Cut             string // a sentence: which cut Gantt shows
+	StallsSaid      string   // what a dot of Stalls is, a sentence
+	Stalls          []Stalls // a drill's are those of its cells
+	Cut             string   // a sentence: which cut Gantt shows
 	Gantt           []Bar
 	Drill           *Drill // of an experiment; nil: the page tells of steps
 }

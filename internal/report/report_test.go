@@ -69,6 +69,7 @@ func demo() report.Page {
 			{From: after(95), To: after(131), Name: "restore and verify"},
 			{From: after(133), To: after(160), Name: "dump"},
 		},
+		StallsSaid: "A dot is a second.", Stalls: []report.Stalls{{Name: "each second", Lengths: []time.Duration{4e6, 9e6, 31e6}}, {Name: "the cut", Lengths: []time.Duration{58e6}}},
 		Cut: "The cut of step 4.", Gantt: cut(), Steps: steps(), Machine: []report.Fact{
 			{Name: "Kernel", Value: "Linux 6.1.0-32-amd64 x86_64"}, {Name: "Processors", Value: "2"}, {Name: "Memory", Value: "7.8 GiB"},
 			{Name: "Volumes", Value: "4 × 1 GiB, files on XFS with reflinks"}, {Name: "Catalog", Value: "file:///var/lib/cleancut/catalog/with/a/very/long/path/that/has/no/space"},
@@ -116,7 +117,8 @@ func everywhere(s string) report.Page {
 		Title: s, Subtitle: s, Said: []string{s}, Machine: facts, Steps: []report.Step{{N: 1, Name: s, Facts: facts, Error: s}},
 		Throughput: []report.Series{{Name: s, Unit: s, Points: []report.Point{{start(), 1}, {after(1), 2}}}},
 		Marks:      []report.Mark{{From: start(), To: after(1), Name: s}},
-		Gantt:      []report.Bar{{Lane: s, Name: s + "x", From: start(), To: after(1)}},
+		StallsSaid: s, Stalls: []report.Stalls{{s, s, []time.Duration{1}}}, Cut: s,
+		Gantt: []report.Bar{{Lane: s, Name: s + "x", From: start(), To: after(1)}},
 	}
 }
 
@@ -130,7 +132,7 @@ func TestARealisticPageShowsAllOfTheRun(t *testing.T) {
 		}
 	}
 	for _, want := range []string{
-		"Passed", "6 of 6 steps passed.", "from 2026-11-22 22:03:04 UTC", "<strong>freeze</strong> at 1:10.35, for 41.6 ms", "<strong>marker 1</strong> at 1:04<",
+		"Passed", "6 of 6 steps passed.", "A dot is a second.", "median 9 ms, longest 31 ms, of 3", "from 2026-11-22 22:03:04 UTC", "<strong>freeze</strong> at 1:10.35, for 41.6 ms", "<strong>marker 1</strong> at 1:04<",
 		"<strong>dump</strong> at 2:13, for 27.0 s", "Plot of Single-row inserts, rows/s over time: 174 values, lowest 0", "without data: 2:21 to 2:27.",
 		"round 1, 0–413 ms: 413 ms", "round 2, 413–431 ms: 18.5 ms", "freeze pg", "freezing, 431–442 ms: 10.3 ms", "ms: 31.9 ms", "thawed, at 473 ms", "volume 3", "A closer look, without the lane &#34;syncfs&#34;", "Spread of the requests", "1 min 14 s", "41.6 ms", "Linux 6.1.0-32-amd64",
 	} {
