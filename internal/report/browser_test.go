@@ -254,12 +254,14 @@ func TestInABrowserAPhoneShowsAll(t *testing.T) {
 }
 
 func TestInABrowserHostileNamesStayText(t *testing.T) {
-	f := look(t, written(t, everywhere(hostile)), 360, "light")
-	f.whole(t, 360)
-	if f.Bold != 0 || f.Title == "pwned" {
-		t.Errorf("a name became markup or code: %+v", f)
+	for _, p := range []report.Page{everywhere(hostile), experiment(hostile)} {
+		f := look(t, written(t, p), 360, "light")
+		f.whole(t, 360)
+		if f.Bold != 0 || f.Title == "pwned" {
+			t.Errorf("a name became markup or code: %+v", f)
+		}
+		f.drawn(t, "plots", f.Plots, 1, 100, "line")
 	}
-	f.drawn(t, "plots", f.Plots, 1, 100, "line")
 }
 
 func TestInABrowserAPageWithoutDataDoesNotFail(t *testing.T) {
