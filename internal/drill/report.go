@@ -28,18 +28,18 @@ func (o Options) writeReport(st *store, s Summary) error {
 	}), writeFile(s.Report, func(f *os.File) error { return page.Write(f) }))
 }
 
-// Page is the report for people: all trials, and second by second the last
-// production run and the last cut that was held.
+// Page is the report for people: all trials, and second by second the
+// production run with most cuts and the last cut that was held.
 func Page(s Summary, trials []Trial, runs []ProductionRun) report.Page {
 	p := report.Page{Title: "cleancut drill", Subtitle: subtitle(trials), Drill: outcomes(s, trials), Said: []string{
 		"Each trial of a cell is of a production run of its own. Intervals are Clopper and Pearson's, 95 %; where nothing or everything was damaged, the rule of three.",
 		"The seed makes a trial's conditions again (load, order, moment of the cut), not how the machine schedules them.",
 		"These are rates of this load on these volumes: proof that such damage exists, not how often it happens elsewhere."}}
 	if len(runs) > 0 {
-		last := runs[len(runs)-1]
-		p.Throughput = []report.Series{throughput(last)}
-		p.Marks = cutMarks(last, trials)
-		p.Machine = machineFacts(last, trials)
+		shown := slices.MaxFunc(runs, func(a, b ProductionRun) int { return len(cutMarks(a, trials)) - len(cutMarks(b, trials)) })
+		p.Throughput = []report.Series{throughput(shown)}
+		p.Marks = cutMarks(shown, trials)
+		p.Machine = machineFacts(runs[len(runs)-1], trials)
 	}
 	p.Cut, p.Gantt = cutBars(trials)
 	return p
@@ -110,7 +110,7 @@ func outcomes(s Summary, trials []Trial) *report.Drill {
 }
 
 func throughput(r ProductionRun) report.Series {
-	out := report.Series{Name: "Commits in the last production run (" + r.Ground.Ground() + ")", Unit: "commits/s"}
+	out := report.Series{Name: "Commits in the production run with most cuts (" + r.Ground.Ground() + ")", Unit: "commits/s"}
 	for _, p := range r.Throughput[:max(0, len(r.Throughput)-1)] { // the last may be of less than a second
 		out.Points = append(out.Points, report.Point{T: p.At, V: float64(p.Count)})
 	}
