@@ -21,7 +21,7 @@ func (s *story) writeReport(res *Result) error {
 	page := report.Page{
 		Title: "cleancut demo", Subtitle: fmt.Sprintf("Four volumes, one atomic cut, restored and checked. %s, provider %s, mode %s, %s", res.Where, res.Provider, res.Mode, time.Now().UTC().Format("2006-01-02 15:04 UTC")),
 		OK: res.OK, Said: res.Said(), Machine: s.machineFacts(), Throughput: s.throughput(), Marks: s.marks(),
-		StallsSaid: "The longest time without an acknowledged single-row insert. A dot is a second of the run, and in the second line the cut with a second before and after it.", Stalls: s.stalls(),
+		StallsSaid: "The longest time without an acknowledged single-row insert. A dot is two seconds of the run, from each second on, and in the second line the cut with a second before and after it.", Stalls: s.stalls(),
 		Cut: "The cut of step 11.", Gantt: s.gantt(),
 	}
 	for _, st := range res.Steps {
@@ -114,19 +114,20 @@ func series(name string, points []load.Point) report.Series {
 	return out
 }
 
-// stalls compares the cut with every second of the run.
+// stalls compares the cut with all the rest of the run, two seconds each, as
+// around the cut.
 func (s *story) stalls() []report.Stalls {
 	if s.load == nil || len(s.manifest.Snapshots) == 0 {
 		return nil
 	}
-	seconds, cut := report.Stalls{Name: "each second"}, report.Stalls{Name: "the cut"}
+	run, cut := report.Stalls{Name: "the whole run"}, report.Stalls{Name: "the cut"}
 	points := s.load.Words.Series()
-	for _, p := range points[:max(0, len(points)-1)] {
-		seconds.Lengths = append(seconds.Lengths, s.load.Words.Stall(p.At, p.At.Add(time.Second)).Length)
+	for _, p := range points[:max(0, len(points)-2)] {
+		run.Lengths = append(run.Lengths, s.load.Words.Stall(p.At, p.At.Add(2*time.Second)).Length)
 	}
 	first, last := s.manifest.Span()
 	cut.Lengths = []time.Duration{s.load.Words.Stall(first.Add(-time.Second), last.Add(time.Second)).Length}
-	return []report.Stalls{seconds, cut}
+	return []report.Stalls{run, cut}
 }
 
 func (s *story) marks() []report.Mark {
