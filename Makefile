@@ -11,7 +11,7 @@ FUZZTIME ?= 10s
 BENCHFLAGS ?=
 IMPACTFLAGS ?=
 
-.PHONY: help build demo test drill-ci check bench bench-impact evidence fuzz deps clean
+.PHONY: help build demo test drill-ci check bench bench-impact evidence fuzz deps demo-deps clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -19,7 +19,7 @@ help: ## list the targets
 build: ## bin/cleancut and bin/umlrun, static
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
 
-demo: deps build ## the whole story on this machine (DEMOFLAGS="--rows N --json")
+demo: demo-deps build ## the whole story on this machine (DEMOFLAGS="--rows N --json")
 	bin/cleancut demo $(DEMOFLAGS)
 
 test: deps build ## all tests, also on real devices, arrays and servers (TESTFLAGS="-run X"); CI=true: a skip fails
@@ -67,6 +67,9 @@ fuzz: ## every fuzz target for a moment (FUZZTIME=10s)
 
 deps: ## what the demo and the tests need from Debian: installed, or listed if that is impossible
 	@scripts/install-deps
+
+demo-deps:
+	@scripts/install-deps --demo
 
 clean: ## remove what the build made
 	rm -rf bin
