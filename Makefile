@@ -9,20 +9,24 @@ TESTFLAGS ?=
 TIMEOUT ?= 60m
 FUZZTIME ?= 10s
 BENCHFLAGS ?=
+IMPACTFLAGS ?=
 
-.PHONY: help build demo test check bench fuzz deps clean
+.PHONY: help build demo test drill-ci check bench bench-impact evidence fuzz deps demo-deps clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 build: ## bin/cleancut and bin/umlrun, static
 	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/ ./cmd/...
 
-demo: deps build ## the whole story on this machine (DEMOFLAGS="--rows N --json")
+demo: demo-deps build ## the whole story on this machine (DEMOFLAGS="--rows N --json")
 	bin/cleancut demo $(DEMOFLAGS)
 
 test: deps build ## all tests, also on real devices, arrays and servers (TESTFLAGS="-run X"); CI=true: a skip fails
 	go test -json -count=1 -timeout $(TIMEOUT) $(TESTFLAGS) ./... | scripts/testlog
+
+drill-ci: deps build ## a small drill, in 75 s: the torn cut must be damaged, the frozen ones sound (DRILLFLAGS="--seed 7")
+	scripts/drill-ci
 
 # Needs neither root nor a Debian package. Tests that touch a device, a server or the guest skip under -short.
 check: ## the fast inner loop: format, vet, staticcheck, shape of the tree, race tests of what is pure
@@ -46,6 +50,15 @@ bench: deps build ## measure; ratios and spreads, nothing passes or fails (BENCH
 	@echo "version: $(VERSION), $$(go version), $$(ls -d /usr/lib/postgresql/*/bin | tr '\n' ' ')"
 	go test -run '^$$' -bench . -count=1 -timeout $(TIMEOUT) $(BENCHFLAGS) ./...
 
+IMPACT := go run -ldflags '-X main.version=$(VERSION)' ./internal/bench/impact
+
+bench-impact: deps build ## what backups cost production, for docs/evidence.md; root, an hour, a quiet machine (IMPACTFLAGS="-repeats N")
+	scripts/install-deps --peers || echo "measured without what is missing"
+	$(IMPACT) $(IMPACTFLAGS)
+
+evidence: ## docs/evidence.md from the data in docs/evidence
+	$(IMPACT) -render
+
 fuzz: ## every fuzz target for a moment (FUZZTIME=10s)
 	@grep -r --include='*_test.go' -o '^func Fuzz[A-Za-z0-9_]*' cmd internal | sed 's/:func / /' | while read -r file target; do \
 		echo "$$(dirname $$file) $$target"; \
@@ -54,6 +67,9 @@ fuzz: ## every fuzz target for a moment (FUZZTIME=10s)
 
 deps: ## what the demo and the tests need from Debian: installed, or listed if that is impossible
 	@scripts/install-deps
+
+demo-deps:
+	@scripts/install-deps --demo
 
 clean: ## remove what the build made
 	rm -rf bin

@@ -51,7 +51,7 @@ func levelOf(dir string) (name string, level int) {
 		{"machine", machine, "internal/catalog/* internal/host/* internal/postgres/* internal/provider/* internal/state/* internal/uml/* internal/load/* internal/report/*"},
 		{"step", step, "internal/flow/*"},
 		{"flow", flow, "internal/flow"},
-		{"mouth", mouth, "internal/demo internal/bench internal/drill internal/daemon internal/web cmd/*"},
+		{"mouth", mouth, "internal/demo internal/bench internal/bench/impact internal/drill internal/evidence internal/daemon internal/web cmd/*"},
 		{"mouth", mouth, "."}, // tests of the whole
 	} {
 		for _, pattern := range strings.Fields(l.folders) {
@@ -93,7 +93,8 @@ func wrongImport(s source, to string) string {
 		}
 		return both + ": machines never import each other; what both need is a word, who joins them is a step"
 	case from == mouth && level == mouth:
-		if strings.HasPrefix(s.dir, "cmd/") && !strings.HasPrefix(to, "cmd/") || s.test {
+		// A program may join mouths, and evidence tells what the drill counted.
+		if s.program() && !strings.HasPrefix(to, "cmd/") || s.test || s.dir == "internal/evidence" && to == "internal/drill" {
 			return ""
 		}
 		return both + ": sideways"
@@ -110,6 +111,9 @@ type source struct {
 	text []byte
 	file *ast.File
 }
+
+// program: a package main.
+func (s source) program() bool { return s.file.Name.Name == "main" }
 
 type tree struct {
 	fset    *token.FileSet
@@ -296,7 +300,7 @@ func noInit(t *tree) []string {
 }
 
 func exitInMain(t *tree) []string {
-	libraries := slices.DeleteFunc(t.product(), func(s source) bool { return s.file.Name.Name == "main" })
+	libraries := slices.DeleteFunc(t.product(), source.program)
 	return t.used(libraries, "os.Exit", "syscall.Exit", "golang.org/x/sys/unix.Exit", "log.Fatal", "log.Fatalf", "log.Fatalln")
 }
 
@@ -325,7 +329,7 @@ func embeds(doc *ast.CommentGroup) bool {
 
 // allowedVariable: errors, patterns, interface assertions, and the version that the linker writes into a program.
 func allowedVariable(s source, v *ast.ValueSpec) bool {
-	if v.Names[0].Name == "_" || s.file.Name.Name == "main" && v.Names[0].Name == "version" {
+	if v.Names[0].Name == "_" || s.program() && v.Names[0].Name == "version" {
 		return true
 	}
 	for _, value := range v.Values {
@@ -472,7 +476,7 @@ func noSleeps(t *tree) []string {
 
 func onlyMouthsPrint(t *tree) []string {
 	silent := slices.DeleteFunc(t.product(), func(s source) bool {
-		return strings.HasPrefix(s.dir, "cmd/") || s.dir == "internal/demo"
+		return s.program() || s.dir == "internal/demo"
 	})
 	return t.used(silent, "fmt.Print", "fmt.Printf", "fmt.Println", "os.Stdout")
 }
@@ -629,13 +633,15 @@ func rules() []rule {
 				in("internal/lab/a.go", cut, ""), in("internal/postgres/pgtest/a.go", fl, ""),
 				in("internal/flow/cut/a.go", "cleancut/internal/flow/verify", ""), in("internal/flow/cut/a_test.go", "cleancut/internal/flow/verify", ""), in("internal/flow/cut/a.go", fl, ""),
 				in("cmd/cleancut/a.go", cut, ""), in("internal/flow/flow.go", demo, ""),
-				in("internal/drill/a.go", demo, ""), in("internal/demo/a.go", "cleancut/cmd/cleancut", ""),
+				in("internal/drill/a.go", demo, ""), in("internal/demo/a.go", "cleancut/cmd/cleancut", ""), in("internal/evidence/a.go", demo, ""), in("internal/drill/a.go", "cleancut/internal/evidence", ""),
+				{"internal/bench/impact/a.go": "package main\nimport _ \"cleancut/cmd/cleancut\""},
 			},
 			[]files{
 				in("internal/backup/a_test.go", b, ""), in("internal/wal/a.go", b, ""), in("internal/host/a.go", b+" "+f+" os", ""), in("internal/provider/local/a.go", p+" "+b, ""), in("internal/provider/local/a_test.go", h+" "+lab+" "+local, ""),
 				in("internal/provider/providertest/a.go", p+" "+b, ""), in("internal/lab/a.go", h+" "+local+" cleancut/internal/uml cleancut/internal/postgres/pgtest", ""),
 				in("internal/flow/cut/a.go", h+" "+p+" "+b, ""), in("internal/flow/cut/a_test.go", lab+" "+cut, ""), in("internal/flow/flow.go", cut+" cleancut/internal/flow/verify "+h, ""), in("internal/flow/flow_test.go", cut+" "+lab, ""),
 				in("internal/demo/a.go", fl+" "+lab+" "+h, ""), in("cmd/cleancut/a.go", fl+" "+demo+" "+local, ""),
+				in("internal/evidence/a.go", "cleancut/internal/drill", ""), {"internal/bench/impact/a.go": "package main\nimport _ \"cleancut/internal/evidence\""},
 			}},
 		{"every package has a place in the tree", knownPlaces,
 			[]files{in("internal/stuff/a.go", "", ""), in("pkg/a.go", "", ""), in("internal/provider/local/deep/a.go", "", "")},
@@ -668,8 +674,8 @@ func rules() []rule {
 		{"tests do not sleep", noSleeps,
 			[]files{in("internal/host/a_test.go", "time", "func f() { time.Sleep(1) }")},
 			[]files{in("internal/host/a_test.go", "time testing/synctest", "func f() { synctest.Test(t, func(t *testing.T) { time.Sleep(1) }) }"), in("internal/host/a.go", "time", "func f() { time.Sleep(1) }")}},
-		{"only cmd and the demo print", onlyMouthsPrint,
-			[]files{in("internal/host/a.go", "fmt", "func f() { fmt.Println() }"), in("internal/flow/cut/a.go", "fmt os", "func f() { fmt.Fprintf(os.Stdout, ``) }")},
+		{"only programs and the demo print", onlyMouthsPrint,
+			[]files{in("internal/host/a.go", "fmt", "func f() { fmt.Println() }"), in("internal/flow/cut/a.go", "fmt os", "func f() { fmt.Fprintf(os.Stdout, ``) }"), in("internal/bench/a.go", "fmt", "func f() { fmt.Println() }")},
 			[]files{in("internal/host/a.go", "fmt io", "func f(w io.Writer) { fmt.Fprintln(w, fmt.Sprint()) }"), in("cmd/cleancut/a.go", "fmt", "func f() { fmt.Println() }"), in("internal/demo/a.go", "fmt", "func f() { fmt.Println() }")}},
 		{"a context is passed on, never kept in a struct", contextsPassThrough,
 			[]files{in("internal/host/a.go", "context", "type t struct { ctx context.Context }"), in("internal/host/a.go", "context", "type t struct { context.Context }")},

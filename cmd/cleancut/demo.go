@@ -67,13 +67,13 @@ user-mode Linux guest, which needs neither.`,
 		},
 	}
 	f := c.Flags()
-	f.Int64Var(&o.Rows, "rows", 0, "rows of the play database (default: about 100 MB)")
+	f.Int64Var(&o.Rows, "rows", 100000, "rows of the play database; the default makes about 60 MB")
 	f.StringVar(&o.Provider, "provider", "local", "who owns the volumes: local, or ec2 over a test server with an S3 server beside it")
 	f.StringVar(&mode, "mode", "auto", "auto, group (ec2) or freeze")
 	f.DurationVar(&o.Latency, "latency", 0, "ec2: of every call")
 	f.DurationVar(&o.Skew, "skew", 0, "ec2: between the snapshots of calls that are sent at once")
 	f.StringVar(&size, "size", "2G", "size of each of the four volumes")
-	f.StringVar(&o.Report, "report", "cleancut-demo.html", "file for the report")
+	f.StringVar(&o.Report, "report", "cleancut-demo.html", "file for the report; its data goes beside it")
 	f.BoolVar(&here, "here", false, "run in this process's kernel, whatever it is")
 	_ = f.MarkHidden("here")
 	return c
@@ -97,7 +97,7 @@ func (a *app) demoText(res demo.Result) {
 	for _, s := range res.Said() {
 		a.line("%s", s)
 	}
-	a.line("report: %s", res.Report)
+	a.line("report: %s\ndata:   %s", res.Report, res.Data)
 }
 
 func (a *app) demoHostCommand() *cobra.Command {

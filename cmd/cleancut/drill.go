@@ -1,6 +1,8 @@
 package main
 
 import (
+	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -18,7 +20,7 @@ import (
 func (a *app) drillCommand() *cobra.Command {
 	o := drill.Options{Version: version}
 	var lists gridFlags
-	var size string
+	var size, provider, judge string
 	var here bool
 	c := &cobra.Command{
 		Use: "drill", GroupID: "look", Args: exactly(0, ""),
@@ -38,11 +40,13 @@ it was; the same seed with more --trials, or another seed, adds to them. The
 seed makes the conditions of every trial again (load, order, moment of the
 cut), not how the machine schedules them.
 
-Runs natively as root where the kernel has what the layout needs (separate:
-loop devices; raid0: md arrays), else in a user-mode Linux guest. A cell of
-the grid that cannot be done is named, and nothing is begun. Only mode none
-makes torn sets; no other command restores them. The exit code is 4 if any cut
-that was held is damaged.`,
+Runs natively as root where the kernel has what the cell needs (separate: loop
+devices; raid0, linear: md arrays; lvm, lvm-striped and mode group: device
+mapper), else in a user-mode Linux guest. With --provider ec2 the volumes are
+those of an EC2 test server, reached through the AWS SDK, which also cuts
+groups: one call, so no skew. A cell of the grid that cannot be done is named,
+and nothing is begun. Only mode none makes torn sets; no other command restores
+them. The exit code is 4 if any cut that was held is damaged.`,
 		Example: "  cleancut drill --mode freeze,none --skew 0,5s --load heavy --trials 3",
 		RunE: func(c *cobra.Command, _ []string) (err error) {
 			if o.Grid, err = lists.grid(); err != nil {
@@ -63,7 +67,11 @@ that was held is damaged.`,
 			if o.Report, err = filepath.Abs(o.Report); err != nil {
 				return fmt.Errorf("%w: report: %w", backup.ErrUsage, err)
 			}
+			o.Grid.Provider = provider
 			o.Progress, o.Log = a.err, a.log
+			if judge != "" {
+				return a.judgeKept(c.Context(), o, judge)
+			}
 			if here {
 				return drill.Inside(c.Context(), o)
 			}
@@ -79,6 +87,7 @@ that was held is damaged.`,
 	}
 	f := c.Flags()
 	lists.define(f)
+	f.StringVar(&provider, "provider", drill.Local, "who owns the volumes: local, or ec2, a test server over the same pool")
 	f.IntVar(&o.Trials, "trials", 1, "trials of each cell; those already in the output folder count")
 	f.Int64Var(&o.Seed, "seed", 1, "of the load, the order of the cells and the moments of the cuts")
 	f.StringVar(&o.Out, "out", "cleancut-drill", "folder of the results; they add up there")
@@ -86,14 +95,34 @@ that was held is damaged.`,
 	f.StringVar(&o.Report, "report", "", "file for the report; its data goes beside it (default: report.html in the output folder)")
 	f.Int64Var(&o.Rows, "rows", 20000, "rows of the play database")
 	f.StringVar(&size, "size", "1G", "size of each volume")
+	f.StringVar(&judge, "judge", "", "judge this folder of kept images once more, and do nothing else")
 	f.BoolVar(&here, "here", false, "make trials in this process's kernel, whatever it is, and nothing else")
 	_ = f.MarkHidden("here")
 	return c
 }
 
+// judgeKept judges one image set; damage in it is a result, not a failure.
+func (a *app) judgeKept(ctx context.Context, o drill.Options, dir string) error {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return fmt.Errorf("%w: kept images: %w", backup.ErrUsage, err)
+	}
+	j, err := drill.JudgeKept(ctx, o, dir)
+	if err != nil {
+		return err
+	}
+	return a.print(j, func() {
+		a.line("\n%s: %s", j.Backup, cmp.Or(string(j.Class), "not judged"))
+		if j.Reason != "" {
+			a.line("  %s", j.Reason)
+		}
+		a.checksText(j.Checks)
+	})
+}
+
 // gridFlags are the flags that take lists.
 type gridFlags struct {
-	mode, skew, volumes, chunk, layout, fs, load, checkpoint []string
+	mode, skew, order, volumes, chunk, layout, fs, load, checkpoint []string
 }
 
 // flagSet is the part of cobra's flags that define needs.
@@ -106,11 +135,12 @@ func (g *gridFlags) define(f flagSet) {
 		into              *[]string
 		name, value, text string
 	}{
-		{&g.mode, "mode", "freeze,none", "ways to cut: freeze, none (nothing is held)"},
+		{&g.mode, "mode", "freeze,none", "ways to cut: freeze, group (needs --provider ec2), none (nothing is held)"},
 		{&g.skew, "skew", "0,5s", "time between members, from the answer for one to the request for the next"},
+		{&g.order, "order", "forward", "of the members, with a skew: forward (data, WAL, tablespaces, or the slots), backward"},
 		{&g.volumes, "volumes", "4", "numbers of volumes"},
-		{&g.chunk, "chunk", "64K", "chunk sizes of a stripe"},
-		{&g.layout, "layout", "raid0", "raid0, or separate: data, WAL and tablespaces on volumes of their own"},
+		{&g.chunk, "chunk", "64K", "chunk sizes of a stripe, 4K to 1M"},
+		{&g.layout, "layout", "raid0", "raid0, linear, lvm, lvm-striped; separate: data, WAL and tablespaces on volumes of their own"},
 		{&g.fs, "fs", "xfs", "filesystems: xfs, ext4"},
 		{&g.load, "load", "heavy", "light, heavy or metadata"},
 		{&g.checkpoint, "checkpoint", "none", "before: one ends right before each cut; none"},
@@ -121,7 +151,7 @@ func (g *gridFlags) define(f flagSet) {
 
 // grid reads the lists.
 func (g *gridFlags) grid() (out drill.Grid, err error) {
-	out = drill.Grid{Layouts: g.layout, Filesystems: g.fs, Loads: g.load, Checkpoints: g.checkpoint}
+	out = drill.Grid{Orders: g.order, Layouts: g.layout, Filesystems: g.fs, Loads: g.load, Checkpoints: g.checkpoint}
 	for _, m := range g.mode {
 		out.Modes = append(out.Modes, backup.Mode(m))
 	}
@@ -157,6 +187,9 @@ func (a *app) drillText(s drill.Summary) {
 	rows[0] = append(rows[0], "DAMAGED", "95 % INTERVAL")
 	for _, c := range s.Cells {
 		conditions := c.Ground()
+		if c.Order != "" {
+			conditions += ", " + c.Order
+		}
 		if c.Checkpoint == drill.CheckpointBefore {
 			conditions += ", checkpoint before"
 		}

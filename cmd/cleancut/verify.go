@@ -58,8 +58,12 @@ Exit status 4 when damage was found. A check that could not run is named as such
 
 func (a *app) verdictText(v backup.Verdict) {
 	a.line("\nverdict on %s: %s (level %s, %.0f s)", v.Backup, strings.ToUpper(v.Word()), v.Level, v.Seconds)
+	a.checksText(v.Checks)
+}
+
+func (a *app) checksText(checks []backup.Check) {
 	rows := [][]string{}
-	for _, c := range v.Checks {
+	for _, c := range checks {
 		rows = append(rows, []string{"  " + c.Name, string(c.Result), fmt.Sprintf("%.1f s", c.Seconds), c.Detail})
 	}
 	a.table(rows)

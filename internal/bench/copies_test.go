@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"cleancut/internal/backup"
+	"cleancut/internal/bench"
 	"cleancut/internal/flow"
 	"cleancut/internal/flow/dump"
 	"cleancut/internal/host"
@@ -138,7 +139,9 @@ func (p *production) mountByHand(ctx context.Context, b *testing.B, m backup.Man
 	b.Helper()
 	for _, s := range m.Snapshots {
 		if s.Volume.ID == fs.Device.Volume.ID {
-			clone(b, filepath.Join(p.pool, "snapshots", string(s.ID)+".img"), image)
+			if err := bench.Clone(filepath.Join(p.pool, "snapshots", string(s.ID)+".img"), image); err != nil {
+				b.Fatal(err)
+			}
 		}
 	}
 	undo = func() error { return os.Remove(image) }

@@ -2,17 +2,13 @@ package bench_test
 
 import (
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
-	"unsafe"
-
-	"golang.org/x/sys/unix"
 
 	"cleancut/internal/backup"
+	"cleancut/internal/bench"
 )
 
 const (
@@ -49,7 +45,9 @@ func BenchmarkCut(b *testing.B) {
 	b.Run("aged", func(b *testing.B) {
 		p := newProduction(b, settings)
 		p.fill(b, 10)
-		p.age(b, onTables)
+		if err := bench.Age(p.mounts[onTables], p.images[onTables], filepath.Join(p.pool, "aged.img"), agedEnough); err != nil {
+			b.Fatal(err)
+		}
 		once(b, func() { report(b, p.cutUnderLoad(b, agedCuts)) })
 	})
 }
@@ -81,7 +79,11 @@ func (p *production) cutUnderLoad(b *testing.B, n int) []observed {
 	for range n {
 		var extents float64
 		for _, image := range p.images {
-			extents += float64(countExtents(b, image))
+			n, err := bench.Extents(image)
+			if err != nil {
+				b.Fatal(err)
+			}
+			extents += float64(n)
 		}
 		m := p.backup(b)
 		seen = append(seen, observed{cut: m.Cut, snapshots: m.Snapshots, extents: extents})
@@ -154,97 +156,4 @@ func later(a, b time.Time) time.Time {
 		return b
 	}
 	return a
-}
-
-// fiemap is struct fiemap of Linux include/uapi/linux/fiemap.h without its
-// array: so the kernel only counts.
-type fiemap struct {
-	start, length                  uint64
-	flags, mapped, count, reserved uint32
-}
-
-const fsIocFiemap = 0xC020660B
-
-func countExtents(b *testing.B, path string) int {
-	b.Helper()
-	f, err := os.Open(path)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer func() { _ = f.Close() }()
-	m := fiemap{length: ^uint64(0)}
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), fsIocFiemap, uintptr(unsafe.Pointer(&m))); errno != 0 {
-		b.Fatalf("FIEMAP of %s: %v", path, errno)
-	}
-	return int(m.mapped)
-}
-
-// age brings a volume into many extents as years of backups do: a snapshot is
-// kept while every second block of a file on it is written anew.
-func (p *production) age(b *testing.B, name string) {
-	b.Helper()
-	const block, blocks = 4096, agedEnough + agedEnough/8
-	image := p.images[name]
-	f, err := os.OpenFile(filepath.Join(p.mounts[name], ".filler"), os.O_CREATE|os.O_RDWR|unix.O_DIRECT, 0o600) // hidden: not foreign data
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer func() { _ = f.Close() }()
-	// Memory of a mapping is aligned to pages, as O_DIRECT wants it.
-	buffer, err := unix.Mmap(-1, 0, 1<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer func() { _ = unix.Munmap(buffer) }()
-	for i := range buffer {
-		buffer[i] = byte(i * 7)
-	}
-	for at := 0; at < block*blocks; at += len(buffer) {
-		if _, err := f.WriteAt(buffer, int64(at)); err != nil {
-			b.Fatal(err)
-		}
-	}
-	if err := unix.Syncfs(int(f.Fd())); err != nil {
-		b.Fatal(err)
-	}
-	clone(b, image, filepath.Join(p.pool, "aged.img"))
-	var writers sync.WaitGroup
-	for w := range 4 {
-		writers.Go(func() {
-			for i := 2 * w; i < blocks; i += 8 {
-				if _, err := f.WriteAt(buffer[:block], int64(i)*block); err != nil {
-					b.Error(err)
-					return
-				}
-			}
-		})
-	}
-	writers.Wait()
-	if err := f.Sync(); err != nil {
-		b.Fatal(err)
-	}
-	if n := countExtents(b, image); n < agedEnough {
-		b.Fatalf("the volume has %d extents, wanted are %d", n, agedEnough)
-	}
-}
-
-// clone makes a reflink of a file.
-func clone(b *testing.B, from, to string) {
-	b.Helper()
-	source, err := os.Open(from)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer func() { _ = source.Close() }()
-	target, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer func() { _ = target.Close() }()
-	if err := unix.IoctlFileClone(int(target.Fd()), int(source.Fd())); err != nil {
-		b.Fatalf("clone %s: %v", from, err)
-	}
-	if err := target.Sync(); err != nil {
-		b.Fatal(err)
-	}
 }

@@ -1,6 +1,7 @@
 // Package bench measures what design and README promise in numbers, on real
-// storage and a real server. It holds benchmarks only; docs/benchmarks.md says
-// what each of them does and what came out.
+// storage and a real server. It holds benchmarks, which docs/benchmarks.md
+// tells, and what they share with the program impact, whose figures are in
+// docs/evidence.md.
 //
 //	pool → four volumes → cluster → load → cut, copy, dump → figures
 //

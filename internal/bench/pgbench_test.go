@@ -1,8 +1,8 @@
 package bench_test
 
 import (
-	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"cleancut/internal/evidence"
 	"cleancut/internal/postgres/pgtest"
 )
 
@@ -21,9 +22,6 @@ type client struct {
 	began  time.Time
 	ended  chan error
 }
-
-// transaction is one line of pgbench's log.
-type transaction struct{ from, to time.Time }
 
 // pgbench starts PostgreSQL's own load, four sessions as fast as they can.
 func (p *production) pgbench(b *testing.B) *client {
@@ -42,7 +40,7 @@ func (p *production) pgbench(b *testing.B) *client {
 
 // stop ends it and returns every transaction but the last few, which it had
 // not written out yet.
-func (c *client) stop(b *testing.B) (all []transaction, perSecond float64) {
+func (c *client) stop(b *testing.B) (all []evidence.Transaction, perSecond float64) {
 	b.Helper()
 	select {
 	case err := <-c.ended:
@@ -57,52 +55,41 @@ func (c *client) stop(b *testing.B) (all []transaction, perSecond float64) {
 		b.Fatalf("no log of pgbench: %v", err)
 	}
 	for _, file := range files {
-		text, err := os.ReadFile(file)
+		f, err := os.Open(file)
 		if err != nil {
 			b.Fatal(err)
 		}
-		all = append(all, transactions(text)...)
+		some, err := evidence.Transactions(f)
+		if err := errors.Join(err, f.Close()); err != nil {
+			b.Fatal(err)
+		}
+		all = append(all, some...)
 	}
 	return all, float64(len(all)) / took.Seconds()
 }
 
-// transactions reads pgbench's log (pgbench(1), "Per-Transaction Logging"):
-// client, number, microseconds, script, and the end's seconds and microseconds.
-func transactions(log []byte) []transaction {
-	var out []transaction
-	for s := bufio.NewScanner(bytes.NewReader(log)); s.Scan(); {
-		var client, number, took, script, seconds, micro int64
-		if n, _ := fmt.Sscan(s.Text(), &client, &number, &took, &script, &seconds, &micro); n < 6 {
-			continue // the last line may be cut short
-		}
-		end := time.Unix(seconds, micro*1000)
-		out = append(out, transaction{end.Add(-time.Duration(took) * time.Microsecond), end})
-	}
-	return out
-}
-
 // slowest returns the longest transaction that was under way in an interval.
-func slowest(all []transaction, from, to time.Time) time.Duration {
+func slowest(all []evidence.Transaction, from, to time.Time) time.Duration {
 	var out time.Duration
 	for _, t := range all {
-		if t.to.After(from) && t.from.Before(to) {
-			out = max(out, t.to.Sub(t.from))
+		if t.To.After(from) && t.From.Before(to) {
+			out = max(out, t.To.Sub(t.From))
 		}
 	}
 	return out
 }
 
 func TestTheSlowestTransactionIsOfThoseUnderWay(t *testing.T) {
-	all := transactions([]byte("0 1 500000 0 100 0\n1 1 2000000 0 103 0\n0 2 1000 0 103 500000\n0 3 10"))
-	if got, want := len(all), 3; got != want {
-		t.Fatalf("read %d transactions, want %d", got, want)
+	at := func(from, to int64) evidence.Transaction {
+		return evidence.Transaction{From: time.Unix(from, 0), To: time.Unix(to, 0)}
 	}
+	all := []evidence.Transaction{at(99, 100), at(101, 103), at(103, 104)}
 	for _, c := range []struct {
 		name     string
 		from, to int64
 		want     time.Duration
 	}{
-		{"one began before and ended inside", 102, 104, 2 * time.Second},
+		{"one began before and ended inside", 102, 105, 2 * time.Second},
 		{"one was under way all the time", 102, 102, 2 * time.Second},
 		{"none was", 105, 106, 0},
 	} {

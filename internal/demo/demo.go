@@ -29,9 +29,9 @@ type Options struct {
 	Mode       backup.Mode   // auto, freeze, or group with ec2
 	Latency    time.Duration // of every call to EC2
 	Skew       time.Duration // between the snapshots that EC2 makes of calls sent at once
-	Rows       int64         // of the play database; 0 means about 100 MB
+	Rows       int64         // of the play database; 0 means what load.Create takes by itself
 	VolumeSize backup.Bytes  // of each of the four volumes
-	Report     string        // file for the report
+	Report     string        // file for the report; its data goes beside it
 	Out        io.Writer     // told of every step as it ends
 	Log        *slog.Logger
 }
@@ -46,7 +46,8 @@ type Result struct {
 	Steps    []Step  `json:"steps"`
 	// Calls counts what the provider's service was asked, by action.
 	Calls  map[string]int `json:"calls,omitempty"`
-	Report string         `json:"report"`
+	Report string         `json:"report,omitempty"`
+	Data   string         `json:"data,omitempty"` // the report's, with manifest, verdict and throughput
 }
 
 // Step is one step of the story (shared/scenario.md counts them).
@@ -68,7 +69,7 @@ func Run(ctx context.Context, o Options) (res Result, err error) {
 	if err := checkGround(o); err != nil {
 		return res, err
 	}
-	res = Result{Where: string(lab.Where(ctx)), Provider: o.Provider, Mode: string(o.Mode), Report: o.Report}
+	res = Result{Where: string(lab.Where(ctx)), Provider: o.Provider, Mode: string(o.Mode), Report: o.Report, Data: dataBeside(o.Report)}
 	if os.Getenv("CLEANCUT_GUEST") != "" {
 		res.Where = string(lab.UML)
 	}

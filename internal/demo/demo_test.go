@@ -1,6 +1,7 @@
 package demo_test
 
 import (
+	"encoding/json"
 	"errors"
 	"log/slog"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"cleancut/internal/backup"
 	"cleancut/internal/demo"
 	"cleancut/internal/lab/labtest"
+	"cleancut/internal/load"
 )
 
 func options(t *testing.T) demo.Options {
@@ -81,6 +83,21 @@ func holds(t *testing.T, o demo.Options) demo.Result {
 	page, err := os.ReadFile(o.Report)
 	if err != nil || !strings.Contains(string(page), "beater B") {
 		t.Errorf("report of %d bytes: %v", len(page), err)
+	}
+	var data struct {
+		demo.Result
+		Manifest   backup.Manifest
+		Verdict    backup.Verdict
+		Throughput map[string][]load.Point
+	}
+	b, err := os.ReadFile(res.Data)
+	if err := errors.Join(err, json.Unmarshal(b, &data)); err != nil || !data.OK || len(data.Steps) != 22 || len(data.Manifest.Snapshots) != 4 || !data.Verdict.Good() || len(data.Throughput["words"]) == 0 || len(data.Throughput["transfers"]) == 0 {
+		t.Errorf("the data beside the report does not hold the run: %v, %d bytes", err, len(b))
+	}
+	for _, want := range []string{"the cut</strong> at", "held, ", "round 1, ", "volume 3", "thawed, at", "seed of the play database"} {
+		if res.Mode == "freeze" && !strings.Contains(string(page), want) {
+			t.Errorf("the report does not say %q", want)
+		}
 	}
 	return res
 }

@@ -42,13 +42,12 @@ func RunInGuest(ctx context.Context, o Options) (Result, error) {
 	if err := json.Unmarshal(out.Bytes(), &res); err != nil || len(res.Steps) == 0 {
 		return res, fmt.Errorf("the story in the guest ended with status %d and no result: %w", code, errors.Join(err, errors.New(out.String())))
 	}
-	res.Report = o.Report
-	return res, moveFile(filepath.Join(share, "report.html"), o.Report)
+	res.Report, res.Data = o.Report, dataBeside(o.Report)
+	return res, errors.Join(copyFile(filepath.Join(share, "report.html"), res.Report), copyFile(filepath.Join(share, "report.json"), res.Data))
 }
 
-// moveFile copies across filesystems and removes the source with its folder's
-// end.
-func moveFile(from, to string) error {
+// copyFile copies across filesystems.
+func copyFile(from, to string) error {
 	src, err := os.Open(from)
 	if err != nil {
 		return fmt.Errorf("report: %w", err)

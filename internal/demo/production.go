@@ -226,7 +226,8 @@ func (s *story) connect(ctx context.Context) (*pgx.Conn, error) { return s.serve
 // Step 6.
 func (s *story) startBulk(ctx context.Context, facts map[string]any) error {
 	which := load.All()
-	which.Bulk.MaxBytes = 64 << 20
+	// Slow enough that no copy recovers for long, and still writing at the cut.
+	which.Bulk = &load.BulkOptions{MaxBytes: 64 << 20, BatchRows: 500, RowsPerSecond: 3000}
 	which.Churn.SwitchEvery = 20 * time.Second
 	s.began = time.Now()
 	var err error

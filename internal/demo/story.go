@@ -31,7 +31,7 @@ func (s *story) chapters() []chapter {
 		{3, "a cluster like production: checksums, WAL archived", s.makeCluster},
 		{4, "load the play database", s.loadDatabase},
 		{5, "re-mount and restart everything once", s.rebootAll},
-		{6, "beater A: one transaction, millions of rows, no commit", s.startBulk},
+		{6, "beater A: one long transaction that never commits", s.startBulk},
 		{7, "beater B: single-row inserts, every id written down", s.startWords},
 		{8, "beaters C and D: transfers and file churn", s.startRest},
 		{9, "marker 1, before the backup", s.markerBefore},

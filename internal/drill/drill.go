@@ -2,6 +2,7 @@ package drill
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -60,11 +62,11 @@ const (
 // host that makes backups and one that judges them.
 type site struct {
 	Options
-	store    *store
-	work     string
-	pool     string
-	provider provider.Provider
-	a, b     *flow.Flow // production's host, and the one that judges
+	store *store
+	work  string
+	pool  string
+	cloud *cloud     // with the provider ec2
+	a, b  *flow.Flow // production's host, and the one that judges
 }
 
 func (s *site) tell(format string, args ...any) {
@@ -73,7 +75,21 @@ func (s *site) tell(format string, args ...any) {
 
 // here runs batches in this process, which must be root. It returns with
 // nothing left but the lines in the output folder.
-func here(ctx context.Context, o Options, st *store, batches []batch) (err error) {
+func here(ctx context.Context, o Options, st *store, batches []batch) error {
+	return atSite(ctx, o, st, poolSize(o), func(s *site) error {
+		for i, b := range batches {
+			s.tell("production run %d of %d: %s, trial %d, %d cuts", i+1, len(batches), b.ground.Ground(), b.n, len(b.cells))
+			if err := s.run(ctx, b); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// atSite makes a site, has it used, and takes it away again. An error that
+// wraps backup.ErrLeft names what stands.
+func atSite(ctx context.Context, o Options, st *store, pool backup.Bytes, use func(s *site) error) (err error) {
 	s := &site{Options: o, store: st}
 	if s.work, err = os.MkdirTemp("/tmp", "ccx-"); err != nil { // short: a socket's path has 107 bytes
 		return fmt.Errorf("drill: %w", err)
@@ -82,12 +98,12 @@ func here(ctx context.Context, o Options, st *store, batches []batch) (err error
 		return fmt.Errorf("drill: %w", err)
 	}
 	s.pool = filepath.Join(s.work, "pool")
-	undo, err := lab.Pool(ctx, s.pool, "xfs", poolSize(o))
+	undo, err := lab.Pool(ctx, s.pool, "xfs", pool)
 	if err != nil {
 		return errors.Join(err, os.RemoveAll(s.work))
 	}
 	defer func() {
-		err = errors.Join(err, undo())
+		err = errors.Join(err, s.close(), undo())
 		left, lerr := lab.Left(s.work)
 		if lerr != nil || len(left) > 0 { // never remove through a mount
 			err = errors.Join(err, lerr, fmt.Errorf("%s: %w", strings.Join(left, "; "), backup.ErrLeft))
@@ -98,13 +114,7 @@ func here(ctx context.Context, o Options, st *store, batches []batch) (err error
 	if err := s.open(ctx); err != nil {
 		return err
 	}
-	for i, b := range batches {
-		s.tell("production run %d of %d: %s, trial %d, %d cuts", i+1, len(batches), b.ground.Ground(), b.n, len(b.cells))
-		if err := s.run(ctx, b); err != nil {
-			return err
-		}
-	}
-	return nil
+	return use(s)
 }
 
 // poolSize leaves room for production and for the images of the largest run;
@@ -122,20 +132,40 @@ func (s *site) open(ctx context.Context) error {
 	if err := local.Init(ctx, s.pool); err != nil {
 		return err
 	}
-	var err error
-	if s.provider, err = local.Open(ctx, s.pool, s.Log); err != nil {
+	a, b, err := s.providers(ctx)
+	if err != nil {
 		return err
 	}
 	shared := catalog.New(catalog.NewDir(filepath.Join(s.work, "catalog")), "drill")
-	for name, f := range map[string]**flow.Flow{"a": &s.a, "b": &s.b} {
+	host := func(name string, p provider.Provider) (*flow.Flow, error) {
 		st, err := state.Open(filepath.Join(s.work, name))
-		if err != nil {
-			return err
-		}
-		*f = &flow.Flow{Provider: s.provider, Catalog: shared, State: st, Cluster: "drill", Host: name, Tool: s.Version,
-			Watchdog: []string{s.Program, "watchdog"}, Log: s.Log}
+		return &flow.Flow{Provider: p, Catalog: shared, State: st, Cluster: "drill", Host: name, Tool: s.Version,
+			Watchdog: []string{s.Program, "watchdog"}, Log: s.Log}, err
 	}
-	return nil
+	if s.a, err = host("a", a); err != nil {
+		return err
+	}
+	s.b, err = host("b", b)
+	return err
+}
+
+// providers are production's and the judging host's.
+func (s *site) providers(ctx context.Context) (a, b provider.Provider, err error) {
+	if s.Grid.Provider == EC2 {
+		if s.cloud, err = newCloud(ctx, s.pool, filepath.Join(s.work, "ec2"), s.Log); err != nil {
+			return nil, nil, err
+		}
+		return s.cloud.a, s.cloud.b, nil
+	}
+	p, err := local.Open(ctx, s.pool, s.Log)
+	return p, p, err
+}
+
+func (s *site) close() error {
+	if s.cloud == nil {
+		return nil
+	}
+	return s.cloud.close()
 }
 
 // run makes one production run, takes its cuts, and judges the images when the
@@ -157,7 +187,7 @@ func (s *site) run(ctx context.Context, b batch) (err error) {
 	for _, shot := range shots {
 		t := s.judge(ctx, shot)
 		t.Seed, t.N, t.Run = s.Seed, b.n, string(id)
-		err := s.finish(ctx, &t)
+		err := s.finish(ctx, &t, shot.promise)
 		if ctx.Err() != nil {
 			return errors.Join(ctx.Err(), err)
 		}
@@ -203,7 +233,7 @@ func (s *site) judge(ctx context.Context, shot shot) Trial {
 	ctx, cancel := context.WithTimeout(ctx, judgeTime)
 	defer cancel()
 	start := time.Now()
-	v, found, err := JudgeImage(ctx, s.b, shot.manifest.ID, shot.promise)
+	v, found, err := JudgeImage(ctx, s.b, shot.manifest.ID, &shot.promise)
 	t.Seconds, t.Checks, t.Found, t.Recovery = time.Since(start).Seconds(), v.Checks, found, v.FirstSec
 	if err != nil {
 		t.Reason = err.Error()
@@ -214,17 +244,20 @@ func (s *site) judge(ctx context.Context, shot shot) Trial {
 }
 
 // JudgeImage restores a backup into a throwaway copy, compares its rows with
-// the promise and runs every check of level full. Damage is in the result; the
-// error is for what kept it from being judged.
-func JudgeImage(ctx context.Context, f *flow.Flow, id backup.ID, promise load.Promise) (v backup.Verdict, found *load.Finding, err error) {
+// the promise (nil: does not) and runs every check of level full. Damage is in
+// the result; the error is for what kept it from being judged.
+func JudgeImage(ctx context.Context, f *flow.Flow, id backup.ID, promise *load.Promise) (v backup.Verdict, found *load.Finding, err error) {
 	v, err = f.Verify(ctx, flow.VerifyOptions{ID: id, Level: backup.LevelFull, AllowTorn: true,
 		Look: func(ctx context.Context, r flow.Restored) error {
+			if promise == nil {
+				return nil
+			}
 			conn, err := r.Instance.Connect(ctx, "postgres")
 			if err != nil {
 				return err
 			}
 			defer conn.Close(context.WithoutCancel(ctx))
-			f, err := load.Judge(ctx, conn, promise)
+			f, err := load.Judge(ctx, conn, *promise)
 			if err != nil {
 				return err
 			}
@@ -243,11 +276,11 @@ func JudgeImage(ctx context.Context, f *flow.Flow, id backup.ID, promise load.Pr
 // finish keeps the image set if that is wanted, removes it from the pool, and
 // writes the line, in this order: a line says where its images are. A trial
 // that was interrupted leaves no line.
-func (s *site) finish(ctx context.Context, t *Trial) error {
+func (s *site) finish(ctx context.Context, t *Trial, promise load.Promise) error {
 	interrupted := ctx.Err() != nil
 	var err error
 	if !interrupted && t.Backup != "" && (s.Keep == KeepAll || s.Keep == KeepDamaged && t.Class != Sound) {
-		t.Kept, err = s.keep(ctx, *t)
+		t.Kept, err = s.keep(ctx, *t, promise)
 	}
 	if t.Backup != "" {
 		undoing, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
@@ -276,8 +309,9 @@ func shorten(reason string) string {
 	return reason
 }
 
-// keep copies the images, sparse, with the manifest, out of the pool.
-func (s *site) keep(ctx context.Context, t Trial) (string, error) {
+// keep copies the images, sparse, with the manifest and the promise, out of the
+// pool: all that JudgeKept needs.
+func (s *site) keep(ctx context.Context, t Trial, promise load.Promise) (string, error) {
 	rel := filepath.Join("images", string(t.Backup))
 	dir := filepath.Join(s.Out, rel)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -291,32 +325,55 @@ func (s *site) keep(ctx context.Context, t Trial) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := os.WriteFile(filepath.Join(dir, "manifest.json"), b, 0o644); err != nil {
+	promised, err := json.Marshal(promise)
+	if err != nil {
+		return "", fmt.Errorf("keep images: %w", err)
+	}
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, manifestFile), b, 0o644), os.WriteFile(filepath.Join(dir, promiseFile), promised, 0o644)); err != nil {
 		return "", fmt.Errorf("keep images: %w", err)
 	}
 	for _, sn := range entry.Manifest.Snapshots {
-		to := filepath.Join(dir, fmt.Sprintf("member-%d.img", sn.Member))
-		if _, err := host.Run(ctx, "cp", "--sparse=always", filepath.Join(s.pool, "snapshots", string(sn.ID)+".img"), to); err != nil {
+		to := filepath.Join(dir, imageFile(sn.Member))
+		id := sn.ID
+		if s.cloud != nil {
+			id = s.cloud.sim.InPool(id)
+		}
+		if _, err := host.Run(ctx, "cp", "--sparse=always", filepath.Join(s.pool, "snapshots", string(id)+".img"), to); err != nil {
 			return "", err
 		}
 	}
 	return rel, nil
 }
 
-// place says where what a layout needs can be had: here, in the guest, or why
+// place says where what a cell needs can be had: here, in the guest, or why
 // not.
-func place(ctx context.Context) func(needs string) (where, why string) {
-	root, md := os.Geteuid() == 0, host.HasMD(ctx)
-	return func(needs string) (string, string) {
+func place(ctx context.Context) func(needs []string) (where, why string) {
+	has := map[string]bool{needsMD: host.HasMD(ctx), needsDM: hasDM()}
+	return func(needs []string) (string, string) {
+		lacks := slices.DeleteFunc(slices.Clone(needs), func(n string) bool { return has[n] })
+		if os.Geteuid() != 0 {
+			lacks = append(lacks, "root")
+		}
 		switch {
 		case uml.Inside():
 			return string(lab.UML), ""
-		case root && (needs == "" || needs == "md" && md):
+		case len(lacks) == 0:
 			return string(lab.Native), ""
 		}
 		if missing := uml.Missing(); len(missing) > 0 {
-			return "", fmt.Sprintf("this kernel or user cannot do it, and no user-mode kernel can run: missing %s", strings.Join(missing, ", "))
+			return "", fmt.Sprintf("there is no %s here, and no user-mode kernel can run: missing %s", strings.Join(lacks, " and no "), strings.Join(missing, ", "))
 		}
 		return string(lab.UML), ""
 	}
+}
+
+// hasDM: the control node may stand there without its driver, and then does
+// not open.
+func hasDM() bool {
+	f, err := os.OpenFile("/dev/mapper/control", os.O_RDWR, 0)
+	if err != nil {
+		return false
+	}
+	_ = f.Close() // nothing was asked of it
+	return true
 }

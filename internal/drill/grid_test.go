@@ -13,11 +13,11 @@ import (
 )
 
 func grid() drill.Grid {
-	return drill.Grid{Modes: []backup.Mode{"freeze", "none"}, Skews: []time.Duration{0, 5 * time.Second}, Volumes: []int{4}, Chunks: []backup.Bytes{64 << 10, 1 << 20},
+	return drill.Grid{Modes: []backup.Mode{"freeze", "none"}, Skews: []time.Duration{0, 5 * time.Second}, Orders: []string{"forward"}, Volumes: []int{4}, Chunks: []backup.Bytes{64 << 10, 1 << 20},
 		Layouts: []string{"raid0", "separate"}, Filesystems: []string{"xfs"}, Loads: []string{"heavy"}, Checkpoints: []string{"none"}}
 }
 
-func everywhere(string) (where, why string) { return "native", "" }
+func everywhere([]string) (where, why string) { return "native", "" }
 
 func TestAGridIsEachValueWithEachOther(t *testing.T) {
 	cells, refused := grid().Cells(everywhere)
@@ -38,14 +38,15 @@ func TestCellsThatCannotBeDoneAreNamed(t *testing.T) {
 		change func(g *drill.Grid)
 		says   string
 	}{
-		{"a group", func(g *drill.Grid) { g.Modes = append(g.Modes, "group") }, "has no group"},
+		{"a group of the local provider", func(g *drill.Grid) { g.Modes = append(g.Modes, "group") }, "has no group; the EC2 test server has: --provider ec2"},
 		{"bracketed", func(g *drill.Grid) { g.Modes = append(g.Modes, "bracketed") }, "not there yet"},
 		{"a mode that is none", func(g *drill.Grid) { g.Modes = append(g.Modes, "thaw") }, `mode "thaw"`},
-		{"logical volumes", func(g *drill.Grid) { g.Layouts = append(g.Layouts, "lvm") }, "not there yet"},
-		{"one volume", func(g *drill.Grid) { g.Volumes = append(g.Volumes, 1) }, "1 volumes: raid0 wants 2"},
+		{"a layout", func(g *drill.Grid) { g.Layouts = append(g.Layouts, "raid5") }, "raid0, linear, lvm, lvm-striped"},
+		{"one volume", func(g *drill.Grid) { g.Volumes = append(g.Volumes, 1) }, "1 volumes: want 2"},
 		{"a chunk that is none", func(g *drill.Grid) { g.Chunks = append(g.Chunks, 65000) }, "power of two"},
 		{"a filesystem", func(g *drill.Grid) { g.Filesystems = append(g.Filesystems, "btrfs") }, "xfs or ext4"},
 		{"a load", func(g *drill.Grid) { g.Loads = append(g.Loads, "idle") }, `load "idle"`},
+		{"an order", func(g *drill.Grid) { g.Orders = append(g.Orders, "random") }, `order "random"`},
 		{"a skew", func(g *drill.Grid) { g.Skews = append(g.Skews, -1e9) }, "a skew of -1s"},
 		{"a checkpoint", func(g *drill.Grid) { g.Checkpoints = append(g.Checkpoints, "after") }, `checkpoint "after"`},
 	} {
@@ -62,14 +63,64 @@ func TestCellsThatCannotBeDoneAreNamed(t *testing.T) {
 			}
 		})
 	}
-	cells, refused := grid().Cells(func(needs string) (string, string) {
-		if needs == "md" {
-			return "", "no md here"
+	cells, refused := grid().Cells(func(needs []string) (string, string) {
+		if len(needs) > 0 {
+			return "", "no " + strings.Join(needs, ", ")
 		}
 		return "native", ""
 	})
-	if len(cells) != 4 || len(refused) != 8 || refused[0].Why != "no md here" {
+	if len(cells) != 4 || len(refused) != 8 || refused[0].Why != "no md arrays" {
 		t.Errorf("%d cells, refused %v: want the 4 of separate, and the 8 of raid0 named", len(cells), refused)
+	}
+	g := grid()
+	g.Provider = "gce"
+	if cells, refused := g.Cells(everywhere); len(cells) != 0 || !strings.Contains(refused[0].Why, "local or ec2") {
+		t.Errorf("%d cells, refused %v: want no cell of provider gce", len(cells), refused)
+	}
+}
+
+func TestAGroupIsOneCallSoItHasNoSkew(t *testing.T) {
+	g := grid()
+	g.Provider, g.Layouts, g.Modes = drill.EC2, []string{"separate", "lvm"}, []backup.Mode{"freeze", "group", "none"}
+	asked := map[string]bool{}
+	cells, refused := g.Cells(func(needs []string) (string, string) {
+		asked[strings.Join(needs, ", ")] = true
+		return "uml", ""
+	})
+	if len(refused) > 0 || len(cells) != 2*(2+1+2) {
+		t.Errorf("%d cells, refused %v: want freeze and none with two skews each, and group once, of two layouts", len(cells), refused)
+	}
+	for _, c := range cells {
+		if c.Mode == "group" && (c.SkewMS != 0 || !c.Protected()) || c.Provider != drill.EC2 || !strings.Contains(c.Conditions(), "ec2") {
+			t.Errorf("got %+v, %s", c, c.Conditions())
+		}
+	}
+	// All cells of a ground are of one production run, so of one kernel.
+	if len(asked) != 1 || !asked["device mapper"] {
+		t.Errorf("needs %v, want the device mapper for each cell of a grid with groups", asked)
+	}
+}
+
+func TestAnOrderIsOneOnlyWithASkew(t *testing.T) {
+	g := grid()
+	g.Layouts, g.Orders = []string{"separate"}, []string{drill.Forward, drill.Backward}
+	cells, refused := g.Cells(everywhere)
+	if len(cells) != 2*(1+2) || len(refused) > 0 {
+		t.Errorf("%d cells, refused %v: want freeze and none, each without skew once and with it in both orders", len(cells), refused)
+	}
+}
+
+func TestLinesOfEarlierDrillsAreOfTheLocalProvider(t *testing.T) {
+	g := grid()
+	g.Provider, g.Layouts, g.Modes, g.Skews = drill.Local, []string{"separate"}, []backup.Mode{"none"}, []time.Duration{0}
+	cells, _ := g.Cells(everywhere)
+	const line = `{"where":"native","layout":"separate","volumes":4,"chunk_bytes":0,"fs":"xfs","load":"heavy","checkpoint":"none","mode":"none","skew_ms":0}`
+	var c drill.Cell
+	if err := json.Unmarshal([]byte(line), &c); err != nil || len(cells) != 1 || c != cells[0] {
+		t.Errorf("got %+v (%v), want %+v", c, err, cells)
+	}
+	if b, err := json.Marshal(c); err != nil || string(b) != line {
+		t.Errorf("got %s (%v), want it as it was", b, err)
 	}
 }
 

@@ -149,7 +149,7 @@ func (s *subject) judged(t *testing.T, i image, volume string, plant func(file s
 		plant(file)
 	}
 	start := time.Now()
-	v, found, err := drill.JudgeImage(t.Context(), s.b, i.manifest.ID, i.promise)
+	v, found, err := drill.JudgeImage(t.Context(), s.b, i.manifest.ID, &i.promise)
 	if err != nil {
 		t.Fatalf("not judged: %v", err)
 	}
@@ -267,12 +267,25 @@ func TestEachClassOfDamageIsFoundWhereItIsPlanted(t *testing.T) {
 			if c.plant != nil {
 				plant = c.plant(t)
 			}
-			class, reason, _ := s.judged(t, i, c.volume, plant)
+			class, reason, trial := s.judged(t, i, c.volume, plant)
 			if class != c.want || !strings.Contains(reason, c.says) {
 				t.Errorf("got %q (%s), want %q (%s)", class, reason, c.want, c.says)
 			}
+			if n := checked(trial); class != drill.NoMount && n != 2 {
+				t.Errorf("%d filesystems were checked, want data and WAL: %+v", n, trial.Checks)
+			}
 		})
 	}
+}
+
+// checked counts the filesystems whose check could run.
+func checked(trial drill.Trial) (n int) {
+	for _, c := range trial.Checks {
+		if c.OfFilesystem() && c.Name != backup.CheckReadable && c.Result != backup.CouldNotRun {
+			n++
+		}
+	}
+	return n
 }
 
 // lastSegment is the file of 1 MiB that holds the last flushed byte.

@@ -64,7 +64,7 @@ func (s *site) produce(ctx context.Context, b batch) (p *production, err error) 
 		return p, err
 	}
 	l, _ := presetOf(b.ground.Load)
-	if p.load, err = load.Start(ctx, p.server.Connect, l.which(seed)); err != nil {
+	if p.load, err = load.Start(ctx, p.server.Connect, l.which(seed, p.mounts)); err != nil {
 		return p, err
 	}
 	p.later(func(context.Context) error { _, err := p.load.Stop(); return err })
@@ -94,8 +94,8 @@ func (p *production) makeServer(ctx context.Context) error {
 	for _, o := range l.storages(p.batch.ground, p.VolumeSize) {
 		o.Host, o.Mountpoint, o.MountOptions = productionHost, filepath.Join(p.work, o.Name), []string{"noatime"}
 		o.Fstab, o.MdadmConf = filepath.Join(p.work, "fstab"), filepath.Join(p.work, "mdadm.conf")
-		p.later(func(ctx context.Context) error { return flow.DestroyStorage(ctx, p.provider, o) })
-		if _, err := flow.CreateStorage(ctx, p.provider, o); err != nil {
+		p.later(func(ctx context.Context) error { return flow.DestroyStorage(ctx, p.a.Provider, o) })
+		if _, err := flow.CreateStorage(ctx, p.a.Provider, o); err != nil {
 			return err
 		}
 		p.mounts = append(p.mounts, o.Mountpoint)
@@ -213,8 +213,12 @@ func (p *production) shoot(ctx context.Context) (shots []shot, err error) {
 func (p *production) cut(ctx context.Context, c Cell) shot {
 	s := shot{cell: c, at: time.Now().UTC()}
 	members := time.Duration(c.Volumes)
-	s.manifest, s.err = p.a.Backup(ctx, flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: c.Mode, Skew: c.Skew(),
-		Deadline: 2*members*c.Skew() + 2*time.Minute, Quick: 5 * time.Second, Rounds: 20, KeepAway: []string{p.pool, p.Out},
+	a := *p.a
+	if c.Order == Backward {
+		a.Provider = backward{a.Provider}
+	}
+	s.manifest, s.err = a.Backup(ctx, flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: c.Mode, Skew: c.Skew(),
+		Deadline: 2*members*c.Skew() + 2*time.Minute, Quick: 5 * time.Second, Rounds: 20, KeepAway: []string{p.pool, p.Out}, AllowForeign: p.load.Files != nil,
 		BeforeFreeze: func(ctx context.Context) error {
 			if c.Checkpoint != CheckpointBefore {
 				return nil

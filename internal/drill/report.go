@@ -28,20 +28,20 @@ func (o Options) writeReport(st *store, s Summary) error {
 	}), writeFile(s.Report, func(f *os.File) error { return page.Write(f) }))
 }
 
-// Page is the report for people: all trials, and second by second the last
-// production run and the last cut that was held.
+// Page is the report for people: all trials, and second by second the
+// production run with most cuts and the last cut that was held.
 func Page(s Summary, trials []Trial, runs []ProductionRun) report.Page {
 	p := report.Page{Title: "cleancut drill", Subtitle: subtitle(trials), Drill: outcomes(s, trials), Said: []string{
 		"Each trial of a cell is of a production run of its own. Intervals are Clopper and Pearson's, 95 %; where nothing or everything was damaged, the rule of three.",
 		"The seed makes a trial's conditions again (load, order, moment of the cut), not how the machine schedules them.",
 		"These are rates of this load on these volumes: proof that such damage exists, not how often it happens elsewhere."}}
 	if len(runs) > 0 {
-		last := runs[len(runs)-1]
-		p.Throughput = []report.Series{throughput(last)}
-		p.Marks = cutMarks(last, trials)
-		p.Machine = machineFacts(s, last)
+		shown := slices.MaxFunc(runs, func(a, b ProductionRun) int { return len(cutMarks(a, trials)) - len(cutMarks(b, trials)) })
+		p.Throughput = []report.Series{throughput(shown)}
+		p.Marks = cutMarks(shown, trials)
+		p.Machine = machineFacts(runs[len(runs)-1], trials)
 	}
-	p.Gantt = cutBars(trials)
+	p.Cut, p.Gantt = cutBars(trials)
 	return p
 }
 
@@ -74,13 +74,15 @@ func later(a, b time.Time) time.Time {
 // outcomes is the grid, and as verdict what the drill says about cleancut: not
 // one protected cut may be damaged.
 func outcomes(s Summary, trials []Trial) *report.Drill {
-	d := &report.Drill{Word: "Measured", Text: "No protected cut was judged: nothing is claimed."}
+	d := &report.Drill{Word: "Measured", Text: "No protected cut was judged: nothing is claimed.",
+		Explained: "A trial: a PostgreSQL under load is cut, the image alone is restored and checked. In mode freeze all filesystems are held frozen while their volumes are snapshotted; in mode none the volumes are snapshotted one after the other and nothing is held, as a careless script does. \"1s apart\" is the time between one volume and the next."}
 	for _, c := range Classes() {
 		d.Classes = append(d.Classes, report.Class{Key: string(c), Words: c.Words()})
 	}
 	protected, damaged, torn, tornDamaged := 0, 0, 0, 0
 	for _, c := range s.Cells {
-		cell := report.Cell{Name: c.Conditions(), Said: c.Said}
+		ground := c.Ground()
+		cell := report.Cell{Ground: ground, Name: strings.TrimSuffix(c.Conditions(), ", "+ground), Said: strings.Replace(c.Said, " under these conditions ("+ground+")", "", 1)}
 		for _, class := range Classes() {
 			cell.Counts = append(cell.Counts, c.Count(class))
 		}
@@ -97,18 +99,18 @@ func outcomes(s Summary, trials []Trial) *report.Drill {
 		}
 	}
 	for _, c := range s.Checks {
-		d.Checks = append(d.Checks, report.CheckRow{Name: c.Check, Caught: c.Caught, Missed: c.Missed, CouldNotRun: c.CouldNotRun, SoundPassed: c.OnSound})
+		d.Checks = append(d.Checks, report.CheckRow{Name: c.Check, Caught: c.Caught, Missed: c.Missed, SoundPassed: c.OnSound})
 	}
 	if protected > 0 {
 		held := damaged == 0
 		d.Held, d.Word = &held, map[bool]string{true: "Every protected cut was sound", false: "A protected cut was damaged"}[held]
-		d.Text = fmt.Sprintf("%d of %d protected cuts damaged; %d of %d cuts that nothing held.", damaged, protected, tornDamaged, torn)
+		d.Text = fmt.Sprintf("Damaged: %d of %d protected cuts, and %d of %d cuts that nothing held.", damaged, protected, tornDamaged, torn)
 	}
 	return d
 }
 
 func throughput(r ProductionRun) report.Series {
-	out := report.Series{Name: "Commits in the last production run (" + r.Ground.Ground() + ")", Unit: "commits/s"}
+	out := report.Series{Name: "Commits in the production run with most cuts (" + r.Ground.Ground() + ")", Unit: "commits/s"}
 	for _, p := range r.Throughput[:max(0, len(r.Throughput)-1)] { // the last may be of less than a second
 		out.Points = append(out.Points, report.Point{T: p.At, V: float64(p.Count)})
 	}
@@ -136,9 +138,8 @@ func cutMarks(r ProductionRun, trials []Trial) []report.Mark {
 	return out
 }
 
-// cutBars draws the last cut that was held, else the last one. Of a syncfs only
-// its length is known; the last ended when the freeze began.
-func cutBars(trials []Trial) []report.Bar {
+// cutBars draws the last cut that was held, else the last one.
+func cutBars(trials []Trial) (which string, bars []report.Bar) {
 	var t *Trial
 	for i := range trials {
 		if len(trials[i].Members) > 0 && (t == nil || len(trials[i].Cut.Frozen) > 0 || len(t.Cut.Frozen) == 0) {
@@ -146,32 +147,22 @@ func cutBars(trials []Trial) []report.Bar {
 		}
 	}
 	if t == nil {
-		return nil
+		return "", nil
 	}
-	var out []report.Bar
-	if len(t.Cut.Frozen) > 0 {
-		end := t.Cut.Frozen[0].Called
-		for _, f := range t.Cut.Frozen {
-			end = earlier(end, f.Called)
-		}
-		for i, ms := range slices.Backward(t.Cut.SyncRounds) {
-			begin := end.Add(-time.Duration(ms * float64(time.Millisecond)))
-			out = append(out, report.Bar{Lane: "syncfs", Name: fmt.Sprintf("round %d", i+1), From: begin, To: end})
-			end = begin
-		}
-		slices.Reverse(out)
-	}
-	for _, f := range t.Cut.Frozen {
-		name := f.Mountpoint[strings.LastIndexByte(f.Mountpoint, '/')+1:]
-		out = append(out, report.Bar{Lane: "freeze " + name, Name: "FIFREEZE", From: f.Called, To: f.Held}, report.Bar{Lane: "freeze " + name, Name: "held", From: f.Held, To: f.Thawed})
-	}
+	var snapshots []report.Snapshot
 	for _, m := range t.Members {
-		out = append(out, report.Bar{Lane: fmt.Sprintf("snapshot %d", m.Member), From: m.Requested, To: m.Responded})
+		snapshots = append(snapshots, report.Snapshot{Name: fmt.Sprintf("volume %d", m.Member), Requested: m.Requested, Responded: m.Responded})
 	}
-	return out
+	return fmt.Sprintf("One cut, of %s: %s.", t.At.UTC().Format("2006-01-02 15:04 UTC"), t.Conditions()), report.CutBars(t.Cut, snapshots)
 }
 
-func machineFacts(s Summary, r ProductionRun) []report.Fact {
+func machineFacts(r ProductionRun, trials []Trial) []report.Fact {
+	seeds := []int64{r.Seed}
+	for _, t := range trials {
+		seeds = append(seeds, t.Seed)
+	}
+	slices.Sort(seeds)
 	return []report.Fact{{Name: "host", Value: r.Machine.Host}, {Name: "kernel", Value: r.Machine.Kernel}, {Name: "processors", Value: fmt.Sprint(r.Machine.Processors)},
-		{Name: "PostgreSQL", Value: r.Machine.PostgreSQL}, {Name: "cleancut", Value: r.Machine.Cleancut}, {Name: "seed of the last run", Value: fmt.Sprint(s.Seed)}}
+		{Name: "PostgreSQL", Value: r.Machine.PostgreSQL}, {Name: "cleancut", Value: r.Machine.Cleancut},
+		{Name: "seeds of the trials", Value: strings.Trim(fmt.Sprint(slices.Compact(seeds)), "[]")}}
 }

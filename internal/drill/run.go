@@ -1,6 +1,7 @@
 package drill
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -94,7 +95,7 @@ func (o Options) repeat(ctx context.Context, st *store, batches []batch) error {
 	if len(guest) == 0 {
 		return ctx.Err()
 	}
-	fmt.Fprintf(o.Progress, "%d production runs in a user-mode Linux guest: this kernel has no md arrays, or this user is not root\n", len(guest))
+	fmt.Fprintf(o.Progress, "%d production runs in a user-mode Linux guest: this kernel lacks what the layout or the mode needs, or this user is not root\n", len(guest))
 	return errors.Join(o.inGuest(ctx, guest), st.read())
 }
 
@@ -136,9 +137,9 @@ func (o Options) arguments() []string {
 	}
 	g := o.Grid
 	return []string{
-		"--mode", list(len(g.Modes), func(i int) string { return string(g.Modes[i]) }),
+		"--provider", cmp.Or(g.Provider, Local), "--mode", list(len(g.Modes), func(i int) string { return string(g.Modes[i]) }),
 		"--skew", list(len(g.Skews), func(i int) string { return g.Skews[i].String() }),
-		"--volumes", list(len(g.Volumes), func(i int) string { return strconv.Itoa(g.Volumes[i]) }),
+		"--order", strings.Join(g.Orders, ","), "--volumes", list(len(g.Volumes), func(i int) string { return strconv.Itoa(g.Volumes[i]) }),
 		"--chunk", list(len(g.Chunks), func(i int) string { return strconv.FormatInt(int64(g.Chunks[i]), 10) }),
 		"--fs", strings.Join(g.Filesystems, ","), "--load", strings.Join(g.Loads, ","), "--checkpoint", strings.Join(g.Checkpoints, ","),
 		"--trials", strconv.Itoa(o.Trials), "--seed", strconv.FormatInt(o.Seed, 10), "--out", o.Out, "--keep", o.Keep,

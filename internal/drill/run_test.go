@@ -6,8 +6,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -24,7 +26,7 @@ func small(t *testing.T) drill.Options {
 	t.Helper()
 	out := filepath.Join(labtest.Folder(t), "out")
 	return drill.Options{Program: labtest.Binary(t), Version: "test", Trials: 1, Seed: 3, Out: out, Keep: drill.KeepNone, Report: filepath.Join(out, "report.html"), Rows: 1000, VolumeSize: 320 << 20,
-		Grid: drill.Grid{Modes: []backup.Mode{"freeze", "none"}, Skews: []time.Duration{0, 200 * time.Millisecond}, Volumes: []int{3}, Layouts: []string{"separate"}, Chunks: []backup.Bytes{64 << 10},
+		Grid: drill.Grid{Modes: []backup.Mode{"freeze", "none"}, Skews: []time.Duration{0, 200 * time.Millisecond}, Orders: []string{"forward"}, Volumes: []int{3}, Layouts: []string{"separate"}, Chunks: []backup.Bytes{64 << 10},
 			Filesystems: []string{"xfs"}, Loads: []string{"light"}, Checkpoints: []string{"none"}},
 		Progress: io.Discard, Log: slog.New(slog.DiscardHandler)}
 }
@@ -66,7 +68,8 @@ func TestADrillThatIsStoppedGoesOnWhereItWas(t *testing.T) {
 		return
 	}
 	o := small(t)
-	o.Keep = drill.KeepAll
+	o.Keep, o.Grid.Skews, o.Grid.Orders = drill.KeepAll, []time.Duration{200 * time.Millisecond}, []string{drill.Forward, drill.Backward}
+	const want = 2 * 2 // freeze and none in two orders
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	o.Progress = &cancelAt{t, "sound  ", cancel}
@@ -75,16 +78,16 @@ func TestADrillThatIsStoppedGoesOnWhereItWas(t *testing.T) {
 		t.Fatalf("got %+v and %v, want an interrupted drill", s, err)
 	}
 	first := lines(t, o)
-	if len(first) == 0 || len(first) > 3 {
-		t.Fatalf("%d trials before the end, want some of 4", len(first))
+	if len(first) == 0 || len(first) >= want {
+		t.Fatalf("%d trials before the end, want some of %d", len(first), want)
 	}
 	o.Progress = &cancelAt{t, "never", func() {}}
 	if s, err = drill.Run(t.Context(), o); err != nil {
 		t.Fatal(err)
 	}
 	all := lines(t, o)
-	if len(all) != 4 {
-		t.Fatalf("%d trials, want 4: each of the cells once", len(all))
+	if len(all) != want {
+		t.Fatalf("%d trials, want %d: each of the cells once", len(all), want)
 	}
 	for _, c := range s.Cells {
 		if c.Trials != 1 || c.Protected() && c.Sound != 1 {
@@ -96,13 +99,18 @@ func TestADrillThatIsStoppedGoesOnWhereItWas(t *testing.T) {
 		if trial.StallMS <= 0 || len(trial.Members) != 3 || len(trial.Checks) < 8 || trial.Found == nil || trial.Found.Words.Acked == 0 {
 			t.Errorf("a trial that says little: %+v", trial)
 		}
-		if skew := trial.Members[2].Requested.Sub(trial.Members[0].Requested); trial.SkewMS > 0 && skew < 2*trial.Skew() {
-			t.Errorf("%s: members were cut within %v", trial.Conditions(), skew)
+		skew := trial.Members[2].Requested.Sub(trial.Members[0].Requested)
+		if trial.Order == drill.Backward {
+			skew = -skew
+		}
+		if skew < 2*trial.Skew() {
+			t.Errorf("%s: the last member was cut %v after the first", trial.Conditions(), skew)
 		}
 	}
-	reported(t, o)
+	judgedAgain(t, o, all[0])
+	reported(t, o, want)
 	began := time.Now()
-	if _, err := drill.Run(t.Context(), o); err != nil || len(lines(t, o)) != 4 || time.Since(began) > 5*time.Second {
+	if _, err := drill.Run(t.Context(), o); err != nil || len(lines(t, o)) != want || time.Since(began) > 5*time.Second {
 		t.Errorf("all was done: got %v and %d trials in %v", err, len(lines(t, o)), time.Since(began))
 	}
 }
@@ -124,7 +132,66 @@ func isKept(t *testing.T, o drill.Options, trial drill.Trial) {
 	}
 }
 
-func reported(t *testing.T, o drill.Options) {
+func TestVolumesOfTheEC2TestServerAreCutAndKeptToo(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	o := small(t)
+	o.Keep, o.Grid.Provider, o.Grid.Modes = drill.KeepAll, drill.EC2, []backup.Mode{"freeze"}
+	s, err := drill.Run(t.Context(), o)
+	if err != nil || len(s.Cells) != 2 {
+		t.Fatalf("got %+v and %v, want the cut at once and the one with a skew", s.Cells, err)
+	}
+	for _, trial := range lines(t, o) {
+		isKept(t, o, trial)
+		skew := trial.Members[2].Requested.Sub(trial.Members[0].Requested)
+		if trial.Class != drill.Sound || trial.Provider != drill.EC2 || trial.SkewMS > 0 && skew < 2*trial.Skew() {
+			t.Errorf("%s: %s, the last member was cut %v after the first", trial.Conditions(), trial.Class, skew)
+		}
+	}
+}
+
+// judgedAgain demands the same of a kept image set, which is not touched.
+func judgedAgain(t *testing.T, o drill.Options, trial drill.Trial) {
+	t.Helper()
+	dir := filepath.Join(o.Out, trial.Kept)
+	o.Out = "" // what is not needed
+	before := listing(t, dir)
+	j, err := drill.JudgeKept(t.Context(), o, dir)
+	if err != nil || j.Class != trial.Class || j.Backup != trial.Backup || len(j.Checks) != len(trial.Checks) || j.Found == nil || j.Found.Words.Found != trial.Found.Words.Found {
+		t.Errorf("judged again: %+v (%v), want it as it was: %+v", j, err, trial)
+	}
+	if after := listing(t, dir); !maps.Equal(before, after) {
+		t.Errorf("the kept files were %v and are %v", before, after)
+	}
+}
+
+// listing is every file of a folder with its size and when it was changed.
+func listing(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	out := map[string]string{}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		info, err := e.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out[e.Name()] = fmt.Sprint(info.Size(), info.ModTime())
+	}
+	return out
+}
+
+func TestAFolderWithoutKeptImagesIsNotJudged(t *testing.T) {
+	_, err := drill.JudgeKept(t.Context(), drill.Options{Progress: io.Discard}, t.TempDir())
+	if !errors.Is(err, backup.ErrUsage) || backup.HintOf(err) == "" {
+		t.Errorf("got %v, want a usage error that says which folder to name", err)
+	}
+}
+
+func reported(t *testing.T, o drill.Options, want int) {
 	t.Helper()
 	page, err := os.ReadFile(o.Report)
 	if err != nil || !strings.Contains(string(page), "Every protected cut was sound") || !strings.Contains(string(page), "commits/s") {
@@ -139,7 +206,7 @@ func reported(t *testing.T, o drill.Options) {
 		Trials []drill.Trial
 		Runs   []drill.ProductionRun
 	}
-	if err := json.Unmarshal(b, &data); err != nil || len(data.Cells) != 4 || len(data.Trials) != 4 || len(data.Runs) == 0 || len(data.Runs[0].Throughput) == 0 {
+	if err := json.Unmarshal(b, &data); err != nil || len(data.Cells) != want || len(data.Trials) != want || len(data.Runs) == 0 || len(data.Runs[0].Throughput) == 0 {
 		t.Errorf("the data beside the report: %d cells, %d trials, %d runs (%v)", len(data.Cells), len(data.Trials), len(data.Runs), err)
 	}
 }

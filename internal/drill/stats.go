@@ -91,6 +91,9 @@ func (s CellSummary) Sentence() string {
 	when := "with all members at once"
 	if s.SkewMS > 0 {
 		when = "with " + s.Skew().String() + " between members"
+		if s.Order != "" {
+			when += ", the last first"
+		}
 	}
 	what := fmt.Sprintf("%d of %d %s %s were damaged", s.Damaged, s.Trials, cuts, when)
 	if s.Trials == 1 {
@@ -104,17 +107,17 @@ func (s CellSummary) Sentence() string {
 		if s.Upper >= 1 {
 			return what + under + ": so few say nothing about how often such cuts are."
 		}
-		return fmt.Sprintf("%s%s: with 95 %% confidence at most %s of such cuts are (3/%d).", what, under, percent(s.Upper), s.Trials)
+		return fmt.Sprintf("%s%s: with 95 %% confidence at most %s of such cuts are (3/%d).", what, under, Percent(s.Upper), s.Trials)
 	case s.Damaged == s.Trials && s.Lower <= 0:
 		return what + under + ": it happens; so few do not say how often."
 	case s.Damaged == s.Trials:
-		return fmt.Sprintf("%s%s: with 95 %% confidence at least %s of such cuts are (1 − 3/%d).", what, under, percent(s.Lower), s.Trials)
+		return fmt.Sprintf("%s%s: with 95 %% confidence at least %s of such cuts are (1 − 3/%d).", what, under, Percent(s.Lower), s.Trials)
 	}
-	return fmt.Sprintf("%s%s: %s, with a 95 %% interval from %s to %s.", what, under, percent(s.Share), percent(s.Lower), percent(s.Upper))
+	return fmt.Sprintf("%s%s: %s, with a 95 %% interval from %s to %s.", what, under, Percent(s.Share), Percent(s.Lower), Percent(s.Upper))
 }
 
-// percent rounds so that no share but 0 and 1 reads as such.
-func percent(p float64) string {
+// Percent rounds so that no share but 0 and 1 reads as such.
+func Percent(p float64) string {
 	switch {
 	case p > 0 && p < 0.001:
 		return "less than 0.1 %"

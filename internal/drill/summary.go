@@ -126,7 +126,7 @@ func Summarize(trials []Trial) []CellSummary {
 		out = append(out, *s)
 	}
 	slices.SortFunc(out, func(a, b CellSummary) int {
-		return cmp.Or(strings.Compare(a.Ground(), b.Ground()), cmp.Compare(b.Mode, a.Mode)*-1, strings.Compare(b.Checkpoint, a.Checkpoint), cmp.Compare(a.SkewMS, b.SkewMS))
+		return cmp.Or(strings.Compare(a.Ground(), b.Ground()), cmp.Compare(b.Mode, a.Mode)*-1, strings.Compare(b.Checkpoint, a.Checkpoint), cmp.Compare(a.SkewMS, b.SkewMS), strings.Compare(a.Order, b.Order))
 	})
 	return out
 }

@@ -24,6 +24,10 @@ type RestoreOptions struct {
 	Recovery
 	// AllowTorn restores what the drill cut without protection. No command sets it.
 	AllowTorn bool
+
+	// failed is given what stands when the restore has failed, before it is
+	// removed; it may be nil.
+	failed func(ctx context.Context, c backup.Copy, err error)
 }
 
 // Restored is a running copy.
@@ -72,6 +76,9 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	r.Copy, r.Instance, err = restore.Run(ctx, f.Provider, restore.Options{Manifest: m, Digest: entry.Complete.Digest, Copy: c, Installation: inst,
 		Segment: f.segment(m), Archive: beyond, Save: f.State.PutCopy, Progress: f.tell})
 	if err != nil {
+		if o.failed != nil {
+			o.failed(ctx, r.Copy, err)
+		}
 		err = errors.Join(err, f.undoCopy(ctx, r.Copy))
 		release()
 		return r, nil, err
@@ -150,15 +157,24 @@ type VerifyOptions struct {
 
 // Verify restores a backup into a throwaway copy, checks it, removes the copy
 // and records the verdict in the catalog. Damage is an error that wraps
-// backup.ErrDamage; so is an image that cannot be mounted or does not recover.
+// backup.ErrDamage; so is an image that cannot be mounted or does not recover;
+// of the latter, level full still checks the filesystems.
 // What this host lacks to judge it is an error and no verdict.
 func (f *Flow) Verify(ctx context.Context, o VerifyOptions) (v backup.Verdict, err error) {
 	id, level := o.ID, o.Level
 	start := time.Now()
-	r, release, err := f.Restore(ctx, RestoreOptions{ID: id, Purpose: backup.ForVerify, Recovery: o.Recovery, AllowTorn: o.AllowTorn})
+	tell := func(check string) { f.tell("check", check) }
+	var disks []backup.Check
+	r, release, err := f.Restore(ctx, RestoreOptions{ID: id, Purpose: backup.ForVerify, Recovery: o.Recovery, AllowTorn: o.AllowTorn,
+		failed: func(ctx context.Context, c backup.Copy, err error) {
+			if level == backup.LevelFull && errors.Is(err, restore.ErrNoStart) && restore.Blamed(err) != backup.CheckMounted {
+				disks = verify.Filesystems(ctx, c, tell)
+			}
+		}})
 	switch {
 	case errors.Is(err, restore.ErrNoStart) && !errors.Is(err, backup.ErrLeft) && ctx.Err() == nil:
 		v = backup.Verdict{Backup: id, Level: level, Time: start.UTC(), Checks: []backup.Check{{Name: restore.Blamed(err), Result: backup.Failed, Detail: err.Error()}}}
+		v.Checks = append(v.Checks, disks...)
 	case err != nil:
 		return v, err
 	default:
@@ -167,8 +183,7 @@ func (f *Flow) Verify(ctx context.Context, o VerifyOptions) (v backup.Verdict, e
 		if o.Look != nil {
 			looked = o.Look(ctx, r)
 		}
-		v, err = verify.Run(ctx, verify.Options{Copy: r.Copy, Manifest: r.Manifest, Instance: r.Instance, Installation: r.Installation, Level: level,
-			Progress: func(check string) { f.tell("check", check) }})
+		v, err = verify.Run(ctx, verify.Options{Copy: r.Copy, Manifest: r.Manifest, Instance: r.Instance, Installation: r.Installation, Level: level, Progress: tell})
 		if err = errors.Join(err, f.undoCopy(ctx, r.Copy)); err != nil {
 			return v, err
 		}

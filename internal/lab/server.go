@@ -41,7 +41,7 @@ type ServerOptions struct {
 // NewServer makes a cluster with checksums, with the newest PostgreSQL that is
 // installed here; it is not started.
 func NewServer(ctx context.Context, o ServerOptions) (Server, error) {
-	inst, err := newestInstallation(ctx)
+	inst, err := NewestInstallation(ctx)
 	if err != nil {
 		return Server{}, err
 	}
@@ -96,8 +96,8 @@ func (s Server) Mkdir(dir string) error {
 	return os.Chown(dir, int(s.uid), int(s.gid))
 }
 
-// newestInstallation takes the newest PostgreSQL that is installed here.
-func newestInstallation(ctx context.Context) (postgres.Installation, error) {
+// NewestInstallation is the newest PostgreSQL that is installed here.
+func NewestInstallation(ctx context.Context) (postgres.Installation, error) {
 	var last error
 	for major := 18; major >= 13; major-- {
 		inst, err := postgres.FindInstallation(ctx, major, nil)

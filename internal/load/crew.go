@@ -44,8 +44,8 @@ type crew struct {
 
 // session is one connection of a beater, used by one goroutine.
 type session struct {
-	n    int // 0 for the first of its beater
-	conn *pgx.Conn
+	n    int       // 0 for the first of its beater
+	conn *pgx.Conn // nil: the beater has none to the server
 	*journal
 	quit <-chan struct{}
 }
@@ -74,8 +74,8 @@ func (s *session) pause(ctx context.Context, d time.Duration) {
 // work is what a session does until it is quitting or its ctx is done.
 type work func(ctx context.Context, s *session) error
 
-// launch connects one session for each work and sets them going. It returns
-// when all are connected, or closes those that are.
+// launch connects one session for each work, unless connect is nil, and sets
+// them going. It returns when all are connected, or closes those that are.
 func (c *crew) launch(ctx context.Context, connect Connect, prepare func(context.Context, *pgx.Conn) error, works ...work) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -128,6 +128,9 @@ func (c *crew) run(ctx context.Context, s *session, do work) {
 }
 
 func connectAll(ctx context.Context, connect Connect, n int) ([]*pgx.Conn, error) {
+	if connect == nil {
+		return make([]*pgx.Conn, n), nil
+	}
 	var conns []*pgx.Conn
 	for range n {
 		conn, err := connect(ctx)
@@ -150,7 +153,9 @@ func closeAll(ctx context.Context, conns []*pgx.Conn) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
 	defer cancel()
 	for _, conn := range conns {
-		_ = conn.Close(ctx) // of a connection whose fate is known already
+		if conn != nil {
+			_ = conn.Close(ctx) // of a connection whose fate is known already
+		}
 	}
 }
 

@@ -6,7 +6,8 @@
 //
 // What always holds:
 //   - All of it lives in the schema "play"; nothing else is written, except
-//     that Churn may switch WAL segments and order checkpoints.
+//     that Churn may switch WAL segments and order checkpoints, and that Files
+//     fills the folders it is told.
 //   - A beater's session has at most one operation under way. So what one
 //     stream sent and what was acknowledged to it are the prefixes 1…n of its
 //     ids, and a promise is a few numbers whatever the size of the run.

@@ -12,10 +12,11 @@ type Which struct {
 	Words     *WordsOptions
 	Transfers *TransfersOptions
 	Churn     *ChurnOptions
+	Files     *FilesOptions
 }
 
-// All is every beater with its defaults. Bulk has no limit then: on a small
-// disk give it one.
+// All is every beater of the server with its defaults. Bulk has no limit then:
+// on a small disk give it one. Files wants to be told where.
 func All() Which {
 	return Which{Bulk: &BulkOptions{}, Words: &WordsOptions{}, Transfers: &TransfersOptions{}, Churn: &ChurnOptions{}}
 }
@@ -26,6 +27,7 @@ type Load struct {
 	Words     *Words
 	Transfers *Transfers
 	Churn     *Churn
+	Files     *Files
 
 	crews []*crew
 }
@@ -39,6 +41,7 @@ type Summary struct {
 	Transfers          int64         `json:"transfers"`
 	TransfersPerSecond float64       `json:"transfers_per_second"`
 	ChurnTables        int64         `json:"churn_tables"`
+	FileOperations     int64         `json:"file_operations,omitempty"`
 	LongestStall       Stall         `json:"longest_stall"` // of Words
 }
 
@@ -62,6 +65,10 @@ func Start(ctx context.Context, connect Connect, which Which) (*Load, error) {
 	if which.Churn != nil {
 		l.Churn = NewChurn(*which.Churn)
 		l.crews, starts = append(l.crews, &l.Churn.crew), append(starts, l.Churn.Start)
+	}
+	if which.Files != nil {
+		l.Files = NewFiles(*which.Files)
+		l.crews, starts = append(l.crews, &l.Files.crew), append(starts, l.Files.Start)
 	}
 	for _, start := range starts {
 		if err := start(ctx, connect); err != nil {
@@ -119,6 +126,9 @@ func (l *Load) Summary() Summary {
 	}
 	if l.Churn != nil {
 		s.ChurnTables = l.Churn.Count()
+	}
+	if l.Files != nil {
+		s.FileOperations = l.Files.Count()
 	}
 	return s
 }

@@ -3,7 +3,6 @@ package report
 import (
 	"fmt"
 	"math"
-	"slices"
 	"strings"
 	"time"
 )
@@ -13,6 +12,7 @@ import (
 type Drill struct {
 	Word, Text string  // the verdict
 	Held       *bool   // nil: nothing was claimed that could fail
+	Explained  string  // what was tried, for who sees it for the first time
 	Classes    []Class // in the order in which counts are given
 	Cells      []Cell
 	Checks     []CheckRow
@@ -25,26 +25,34 @@ type Class struct {
 }
 
 // Cell is one combination of conditions: how many trials had which outcome, and
-// how long commits stood still in each.
+// how long commits stood still in each. Cells of one Ground stand under its name
+// and should follow each other.
 type Cell struct {
+	Ground string
 	Name   string
 	Counts []int // by class
 	Said   string
 	Stalls []time.Duration
 }
 
-// CheckRow is how one check did.
+// CheckRow is how one check did: damaged images that it failed and passed, and
+// sound ones that it passed. The other damaged images it did not see.
 type CheckRow struct {
-	Name                                     string
-	Caught, Missed, CouldNotRun, SoundPassed int
+	Name                        string
+	Caught, Missed, SoundPassed int
 }
 
 type drillView struct {
-	Legend []legend
-	Cells  []cellView
-	Stalls []stallView
-	Ticks  []tick
-	Checks []CheckRow
+	Explained      string
+	Legend         []legend
+	Grounds        []groundView
+	Checks         []checkView
+	Sound, Damaged int // images
+}
+
+type groundView struct {
+	Name  string
+	Cells []cellView
 }
 
 type legend struct {
@@ -57,16 +65,16 @@ type cellView struct {
 	Bars                []stack
 }
 
+type checkView struct {
+	CheckRow
+	NotRun int
+	Bars   []stack
+}
+
 type stack struct {
 	N        int // class
 	X, Width float64
 	Label    string
-}
-
-type stallView struct {
-	Name, Words string
-	Dots        []float64
-	Median      float64
 }
 
 func (d *Drill) verdict() verdict {
@@ -83,72 +91,60 @@ func (d *Drill) view() *drillView {
 	if d == nil {
 		return nil
 	}
-	v := &drillView{Checks: d.Checks}
+	v := &drillView{Explained: d.Explained}
 	for i, c := range d.Classes {
 		v.Legend = append(v.Legend, legend{i, c.Key, c.Words})
 	}
 	for _, c := range d.Cells {
-		v.Cells = append(v.Cells, d.cell(c))
+		if n := len(v.Grounds); n == 0 || v.Grounds[n-1].Name != c.Ground {
+			v.Grounds = append(v.Grounds, groundView{Name: c.Ground})
+		}
+		g := &v.Grounds[len(v.Grounds)-1]
+		g.Cells = append(g.Cells, d.cell(c))
+		for i, n := range c.Counts {
+			if i == 0 {
+				v.Sound += n
+			} else {
+				v.Damaged += n
+			}
+		}
 	}
-	d.stalls(v)
+	for _, c := range d.Checks {
+		row := checkView{CheckRow: c, NotRun: max(0, v.Damaged-c.Caught-c.Missed)}
+		row.Bars, _ = stacked([]int{c.Caught, c.Missed, row.NotRun}, []string{"caught", "missed", "not run"})
+		v.Checks = append(v.Checks, row)
+	}
 	return v
 }
 
-// cell stacks the outcomes of one cell, the good one first.
 func (d *Drill) cell(c Cell) cellView {
-	v := cellView{Name: c.Name, Said: c.Said}
-	all := 0
-	for _, n := range c.Counts {
-		all += n
+	keys := make([]string, len(d.Classes))
+	for i, class := range d.Classes {
+		keys[i] = class.Key
 	}
+	v := cellView{Name: c.Name, Said: c.Said, Counted: "no trial was judged"}
 	var words []string
-	at := 0
-	for i, n := range c.Counts {
-		if n == 0 {
-			continue
-		}
-		v.Bars = append(v.Bars, stack{i, percentOf(at, all), percentOf(n, all), fmt.Sprint(n)})
-		words = append(words, fmt.Sprintf("%d %s", n, d.Classes[i].Key))
-		at += n
-	}
-	v.Counted = strings.Join(words, ", ")
-	if all == 0 {
-		v.Counted = "no trial was judged"
+	if v.Bars, words = stacked(c.Counts, keys); len(words) > 0 {
+		v.Counted = strings.Join(words, ", ")
 	}
 	return v
+}
+
+// stacked are bars of all that was counted, in its order, and the same in words.
+func stacked(counts []int, keys []string) (bars []stack, words []string) {
+	all, at := 0, 0
+	for _, n := range counts {
+		all += n
+	}
+	for i, n := range counts {
+		if n > 0 {
+			label := fmt.Sprintf("%d %s", n, keys[i])
+			bars = append(bars, stack{i, percentOf(at, all), percentOf(n, all), label})
+			words = append(words, label)
+			at += n
+		}
+	}
+	return bars, words
 }
 
 func percentOf(n, all int) float64 { return math.Round(float64(n)/float64(max(all, 1))*1e5) / 1e3 }
-
-// stalls puts every trial of a cell on a logarithmic axis that all cells share,
-// from a millisecond or more to what the longest needs.
-func (d *Drill) stalls(v *drillView) {
-	var all []time.Duration
-	for _, c := range d.Cells {
-		all = append(all, c.Stalls...)
-	}
-	if len(all) == 0 {
-		return
-	}
-	decade := func(t time.Duration) float64 { return math.Log10(max(float64(t)/float64(time.Millisecond), 1)) }
-	first := math.Floor(decade(slices.Min(all)))
-	last := math.Max(math.Ceil(decade(slices.Max(all))+1e-9), first+1)
-	x := func(t float64) float64 { return 2 + math.Round((t-first)/(last-first)*96e3)/1e3 }
-	for e := first; e <= last; e++ {
-		v.Ticks = append(v.Ticks, tick{x(e), seconds(math.Pow(10, e-3)), "middle"})
-	}
-	v.Ticks[0].Anchor, v.Ticks[len(v.Ticks)-1].Anchor = "start", "end"
-	for _, c := range d.Cells {
-		s := stallView{Name: c.Name, Words: "no trial"}
-		sorted := slices.Sorted(slices.Values(c.Stalls))
-		for _, t := range sorted {
-			s.Dots = append(s.Dots, x(decade(t)))
-		}
-		if n := len(sorted); n > 0 {
-			median := (sorted[(n-1)/2] + sorted[n/2]) / 2
-			s.Median = x(decade(median))
-			s.Words = fmt.Sprintf("%d trials: median %s, longest %s", n, seconds(median.Seconds()), seconds(sorted[n-1].Seconds()))
-		}
-		v.Stalls = append(v.Stalls, s)
-	}
-}

@@ -25,10 +25,10 @@ func drill() report.Page {
 		return out
 	}
 	d.Cells = []report.Cell{
-		{Name: "freeze, 5s apart", Counts: []int{10, 0, 0, 0, 0, 0, 0}, Said: "0 of 10 frozen cuts", Stalls: ms(15000, 15100, 15050, 15020, 15040, 15010, 15080, 15060, 15030, 15070)},
-		{Name: "none, 5s apart", Counts: []int{2, 3, 1, 1, 1, 1, 1}, Said: "8 of 10 cuts", Stalls: ms(4, 9, 12, 20, 31, 44, 58, 90, 130, 400)},
+		{Ground: "raid0 of 4", Name: "freeze, 5s apart", Counts: []int{10, 0, 0, 0, 0, 0, 0}, Said: "0 of 10 frozen cuts", Stalls: ms(15000, 15100, 15050, 15020, 15040, 15010, 15080, 15060, 15030, 15070)},
+		{Ground: "raid0 of 4", Name: "none, 5s apart", Counts: []int{2, 3, 1, 1, 1, 1, 1}, Said: "8 of 10 cuts", Stalls: ms(4, 9, 12, 20, 31, 44, 58, 90, 130, 400)},
 	}
-	d.Checks = []report.CheckRow{{Name: "pg_amcheck", Caught: 6, Missed: 1, CouldNotRun: 1, SoundPassed: 12}}
+	d.Checks = []report.CheckRow{{Name: "pg_amcheck", Caught: 6, Missed: 1, SoundPassed: 12}}
 	p.Drill = d
 	return p
 }
@@ -36,7 +36,7 @@ func drill() report.Page {
 func TestADrillTellsItsOutcomesInWordsToo(t *testing.T) {
 	text := written(t, drill())
 	for _, want := range []string{"Every protected cut was sound", "0 of 10 protected cuts damaged.", "10 sound<", "2 sound, 3 silent, 1 phantom, 1 lost, 1 fsdamage, 1 nostart, 1 nomount",
-		"10 trials: median 37.5 ms, longest 400 ms", "pg_amcheck", "in words: nomount"} {
+		"median 37.5 ms, longest 400 ms, of 10", "pg_amcheck", "Of 8 damaged images", `data-label="Not run">1<`, "<h3>raid0 of 4</h3>", "in words: nomount"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("nothing says %q", want)
 		}

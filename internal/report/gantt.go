@@ -2,14 +2,69 @@ package report
 
 import (
 	"math"
+	"path"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
+
+	"cleancut/internal/backup"
 )
+
+// Phase is what is done to a volume or its filesystem during a bar of the cut.
+type Phase int
+
+// The phases of a cut, in their order.
+const (
+	Other    Phase = iota
+	Sync           // syncfs: dirty pages are written, nothing is held
+	Freezing       // FIFREEZE was called and has not returned
+	Held           // frozen: writes wait
+	Request        // from the request for a snapshot to its answer
+	Thawed         // FITHAW returned: writes go on
+)
+
+func (p Phase) words() string {
+	return []string{"", "syncfs: what is dirty is written, production goes on", "freezing: FIFREEZE was called", "held: frozen, commits wait",
+		"snapshot: from its request to the answer", "thawed: commits go on"}[p]
+}
+
+// Snapshot is the image of one volume within a cut.
+type Snapshot struct {
+	Name                 string // of the volume
+	Requested, Responded time.Time
+}
+
+// CutBars draws a cut: the rounds of syncfs, each filesystem from FIFREEZE to
+// its thaw, and each snapshot. Of a round only its length is known; the last
+// one ended when the first freeze began. Filesystems bear the last part of
+// their mount point's name.
+func CutBars(cut backup.Cut, snapshots []Snapshot) []Bar {
+	var out []Bar
+	if len(cut.Frozen) > 0 {
+		end := slices.MinFunc(cut.Frozen, func(a, b backup.Frozen) int { return a.Called.Compare(b.Called) }).Called
+		for i, ms := range slices.Backward(cut.SyncRounds) {
+			begin := end.Add(-time.Duration(ms * float64(time.Millisecond)))
+			out = append(out, Bar{Lane: "syncfs", Name: "round " + strconv.Itoa(i+1), Phase: Sync, From: begin, To: end})
+			end = begin
+		}
+		slices.Reverse(out)
+	}
+	for _, f := range cut.Frozen {
+		lane := "freeze " + path.Base(f.Mountpoint)
+		out = append(out, Bar{Lane: lane, Name: "freezing", Phase: Freezing, From: f.Called, To: f.Held},
+			Bar{Lane: lane, Name: "held", Phase: Held, From: f.Held, To: f.Thawed}, Bar{Lane: lane, Name: "thawed", Phase: Thawed, From: f.Thawed})
+	}
+	for _, s := range snapshots {
+		out = append(out, Bar{Lane: s.Name, Name: "snapshot", Phase: Request, From: s.Requested, To: s.Responded})
+	}
+	return out
+}
 
 // chart is a Gantt chart whose positions are per cent of its width.
 type chart struct {
 	Caption string
+	Legend  []legend
 	Ticks   []tick
 	Lanes   []lane
 }
@@ -27,6 +82,7 @@ type lane struct {
 
 type barView struct {
 	Name, When string
+	Phase      Phase
 	Known      bool
 	X, Width   float64
 }
@@ -38,14 +94,14 @@ func charts(bars []Bar) []chart {
 		return nil
 	}
 	from, to := extent(bars)
-	whole := gantt(bars, bars, from, to)
-	whole.Caption = "Milliseconds after the first bar."
+	whole := gantt(bars, from, to)
+	whole.Caption = "Time after the first bar."
 	out := []chart{whole}
 	rest := slices.DeleteFunc(slices.Clone(bars), func(b Bar) bool { return b.Lane == bars[0].Lane })
 	first, last := extent(rest)
 	if near := last.Sub(first); near > 0 && near < to.Sub(from)/4 {
-		closer := gantt(rest, rest, first, last)
-		closer.Caption = "A closer look, without the lane " + strconv.Quote(bars[0].Lane) + ". Milliseconds after the first bar shown here."
+		closer := gantt(rest, first, last)
+		closer.Caption = "A closer look, without the lane " + strconv.Quote(bars[0].Lane) + ". Time after the first bar shown here."
 		out = append(out, closer)
 	}
 	return out
@@ -69,9 +125,15 @@ func extent(bars []Bar) (from, to time.Time) {
 	return from, to
 }
 
-func gantt(bars []Bar, order []Bar, from, to time.Time) chart {
+func gantt(bars []Bar, from, to time.Time) chart {
 	c := chart{Ticks: ticks(to.Sub(from))}
-	for _, b := range order {
+	for p := Sync; p <= Thawed; p++ {
+		if slices.ContainsFunc(bars, func(b Bar) bool { return b.Phase == p }) {
+			key, words, _ := strings.Cut(p.words(), ": ")
+			c.Legend = append(c.Legend, legend{int(p), key, words})
+		}
+	}
+	for _, b := range bars {
 		if !slices.ContainsFunc(c.Lanes, func(l lane) bool { return l.Name == b.Lane }) {
 			c.Lanes = append(c.Lanes, lane{Name: b.Lane})
 		}
@@ -87,7 +149,7 @@ func gantt(bars []Bar, order []Bar, from, to time.Time) chart {
 }
 
 func place(b Bar, from time.Time, whole time.Duration) barView {
-	v := barView{Name: b.Name, When: "not measured"}
+	v := barView{Name: b.Name, Phase: b.Phase, When: "not measured"}
 	if b.Name == b.Lane {
 		v.Name = ""
 	}
@@ -117,7 +179,7 @@ func share(d, whole time.Duration) float64 {
 func ticks(whole time.Duration) []tick {
 	ms := float64(whole) / float64(time.Millisecond)
 	if ms <= 0 {
-		return []tick{{0, "0", "start"}}
+		return []tick{{0, "0 ms", "start"}}
 	}
 	step := math.Pow(10, math.Floor(math.Log10(ms/5)))
 	for _, f := range []float64{1, 2, 5, 10} {
@@ -135,7 +197,7 @@ func ticks(whole time.Duration) []tick {
 		} else if x > 95 {
 			anchor = "end"
 		}
-		out = append(out, tick{x, strconv.FormatFloat(float64(i)*step, 'g', 6, 64), anchor})
+		out = append(out, tick{x, grouped(strconv.FormatFloat(float64(i)*step, 'f', -1, 64)) + " ms", anchor})
 	}
 	return out
 }

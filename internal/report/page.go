@@ -42,9 +42,11 @@ type Mark struct {
 // Bar is an interval of the cut, or an instant where To is not after From.
 // Bars with the same Lane share a line of the Gantt chart; lanes stand in the
 // order of their first bar in Page.Gantt. Name tells bars of one lane apart
-// and may be empty. A bar with a zero From is listed as not measured.
+// and may be empty; Phase gives its colour. A bar with a zero From is listed as
+// not measured.
 type Bar struct {
 	Lane, Name string
+	Phase      Phase
 	From, To   time.Time
 }
 
@@ -64,6 +66,13 @@ type Step struct {
 	Error   string
 }
 
+// Stalls are how long commits stood still in one kind of situation, one dot a
+// length. Those of one Ground stand under its name and should follow each other.
+type Stalls struct {
+	Ground, Name string
+	Lengths      []time.Duration
+}
+
 // Page is all that a report shows. Said are the plain words about what was
 // proven and what was not, a line each.
 //
@@ -77,6 +86,9 @@ type Page struct {
 	Steps           []Step
 	Throughput      []Series
 	Marks           []Mark
+	StallsSaid      string   // what a dot of Stalls is, a sentence
+	Stalls          []Stalls // a drill's are those of its cells
+	Cut             string   // a sentence: which cut Gantt shows
 	Gantt           []Bar
 	Drill           *Drill // of an experiment; nil: the page tells of steps
 }

@@ -119,6 +119,7 @@
       ctx.fillText(text, x + 5 * scale, y + h / 2 + scale);
     }
     ctx.restore();
+    u.root.parentNode.dataset.drawn = "";
   };
 
   // steps: a value holds until the next one, and no line crosses a gap.

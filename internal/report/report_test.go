@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"cleancut/internal/backup"
 	"cleancut/internal/report"
 )
 
@@ -68,7 +69,8 @@ func demo() report.Page {
 			{From: after(95), To: after(131), Name: "restore and verify"},
 			{From: after(133), To: after(160), Name: "dump"},
 		},
-		Gantt: cut(), Steps: steps(), Machine: []report.Fact{
+		StallsSaid: "A dot is a second.", Stalls: []report.Stalls{{Name: "each second", Lengths: []time.Duration{4e6, 9e6, 31e6}}, {Name: "the cut", Lengths: []time.Duration{58e6}}},
+		Cut: "The cut of step 4.", Gantt: cut(), Steps: steps(), Machine: []report.Fact{
 			{Name: "Kernel", Value: "Linux 6.1.0-32-amd64 x86_64"}, {Name: "Processors", Value: "2"}, {Name: "Memory", Value: "7.8 GiB"},
 			{Name: "Volumes", Value: "4 × 1 GiB, files on XFS with reflinks"}, {Name: "Catalog", Value: "file:///var/lib/cleancut/catalog/with/a/very/long/path/that/has/no/space"},
 		},
@@ -77,15 +79,11 @@ func demo() report.Page {
 
 func cut() []report.Bar {
 	ms := func(v float64) time.Time { return after(70.3 + v/1000) }
-	out := []report.Bar{
-		{Lane: "syncfs", Name: "round 1", From: ms(0), To: ms(412.7)},
-		{Lane: "syncfs", Name: "round 2", From: ms(413), To: ms(431.5)},
-		{Lane: "freeze /mnt/pg", From: ms(432.1), To: ms(441.8)},
-	}
+	var snapshots []report.Snapshot
 	for i := range 4 {
-		out = append(out, report.Bar{Lane: fmt.Sprintf("snapshot vol %d", i), From: ms(442.3 + float64(i)*0.4), To: ms(468 + float64(i)*1.7)})
+		snapshots = append(snapshots, report.Snapshot{Name: fmt.Sprintf("volume %d", i), Requested: ms(442.3 + float64(i)*0.4), Responded: ms(468 + float64(i)*1.7)})
 	}
-	return append(out, report.Bar{Lane: "thaw", From: ms(473.4), To: ms(473.7)}, report.Bar{Lane: "checked", From: ms(474)})
+	return report.CutBars(backup.Cut{SyncRounds: []float64{412.7, 18.5}, Frozen: []backup.Frozen{{Mountpoint: "/mnt/pg", Called: ms(431.5), Held: ms(441.8), Thawed: ms(473.7)}}}, snapshots)
 }
 
 func steps() []report.Step {
@@ -119,8 +117,18 @@ func everywhere(s string) report.Page {
 		Title: s, Subtitle: s, Said: []string{s}, Machine: facts, Steps: []report.Step{{N: 1, Name: s, Facts: facts, Error: s}},
 		Throughput: []report.Series{{Name: s, Unit: s, Points: []report.Point{{start(), 1}, {after(1), 2}}}},
 		Marks:      []report.Mark{{From: start(), To: after(1), Name: s}},
-		Gantt:      []report.Bar{{Lane: s, Name: s + "x", From: start(), To: after(1)}},
+		StallsSaid: s, Stalls: []report.Stalls{{s, s, []time.Duration{1}}}, Cut: s,
+		Gantt: []report.Bar{{Lane: s, Name: s + "x", From: start(), To: after(1)}},
 	}
+}
+
+// experiment is everywhere with a drill in place of the steps.
+func experiment(s string) report.Page {
+	p := everywhere(s)
+	p.Steps = nil
+	p.Drill = &report.Drill{Word: s, Text: s, Explained: s, Classes: []report.Class{{Key: s, Words: s}}, Checks: []report.CheckRow{{Name: s}},
+		Cells: []report.Cell{{Ground: s, Name: s, Said: s, Counts: []int{1}, Stalls: []time.Duration{time.Second}}}}
+	return p
 }
 
 var page = flag.String("page", "", "write the realistic page to this file, to be looked at")
@@ -133,9 +141,9 @@ func TestARealisticPageShowsAllOfTheRun(t *testing.T) {
 		}
 	}
 	for _, want := range []string{
-		"Passed", "6 of 6 steps passed.", "from 2026-11-22 22:03:04 UTC", "<strong>freeze</strong> at 1:10.35, for 41.6 ms", "<strong>marker 1</strong> at 1:04<",
+		"Passed", "6 of 6 steps passed.", "A dot is a second.", "median 9 ms, longest 31 ms, of 3", "from 2026-11-22 22:03:04 UTC", "<strong>freeze</strong> at 1:10.35, for 41.6 ms", "<strong>marker 1</strong> at 1:04<",
 		"<strong>dump</strong> at 2:13, for 27.0 s", "Plot of Single-row inserts, rows/s over time: 174 values, lowest 0", "without data: 2:21 to 2:27.",
-		"round 2, 413–432 ms: 18.5 ms", "at 474 ms", "A closer look, without the lane &#34;syncfs&#34;", "Spread of the requests", "1 min 14 s", "41.6 ms", "Linux 6.1.0-32-amd64",
+		"round 1, 0–413 ms: 413 ms", "round 2, 413–431 ms: 18.5 ms", "freeze pg", "freezing, 431–442 ms: 10.3 ms", "ms: 31.9 ms", "thawed, at 473 ms", "volume 3", "A closer look, without the lane &#34;syncfs&#34;", "Spread of the requests", "1 min 14 s", "41.6 ms", "Linux 6.1.0-32-amd64",
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("the page does not say %q", want)
@@ -147,7 +155,13 @@ func TestARealisticPageShowsAllOfTheRun(t *testing.T) {
 }
 
 func TestHostileNamesStayText(t *testing.T) {
-	got := written(t, everywhere(hostile))
+	for _, p := range []report.Page{everywhere(hostile), experiment(hostile)} {
+		staysText(t, written(t, p))
+	}
+}
+
+func staysText(t *testing.T, got string) {
+	t.Helper()
 	if n := strings.Count(strings.ToLower(got), "</script"); n != 2 {
 		t.Errorf("got %d ends of a script, want 2", n)
 	}
@@ -267,8 +281,8 @@ func TestBarsStandWhereTheyWere(t *testing.T) {
 	}}
 	got := written(t, p)
 	for _, want := range []string{
-		`<rect x="0%" y="4" width="50%" height="16"/>`, `<rect x="25%" y="4" width="75%" height="16"/>`, `<rect x="75%" y="4" width="0%" height="16"/>`,
-		"<span>0–100 ms: 100 ms</span>", "<span>late, at 150 ms</span>", "<span>50.0–200 ms: 150 ms</span>", "<span>not measured</span>", ">200</text>",
+		`<rect class="phase0" x="0%" y="4" width="50%" height="16"/>`, `<rect class="phase0" x="25%" y="4" width="75%" height="16"/>`, `<rect class="phase0" x="75%" y="4" width="0%" height="16"/>`,
+		"<span>0–100 ms: 100 ms</span>", "<span>late, at 150 ms</span>", "<span>50.0–200 ms: 150 ms</span>", "<span>not measured</span>", ">200 ms</text>",
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("the page does not hold %q", want)

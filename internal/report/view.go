@@ -19,6 +19,7 @@ type view struct {
 	Plots   []plot
 	Marks   []markView
 	Charts  []chart
+	Stalls  *stallsView
 	Drill   *drillView
 	Data    drawing
 }
@@ -40,7 +41,7 @@ type drawing struct {
 }
 
 func (p Page) view() *view {
-	v := &view{Page: p, Verdict: p.verdict(), Charts: charts(p.Gantt), Drill: p.Drill.view()}
+	v := &view{Page: p, Verdict: p.verdict(), Charts: charts(p.Gantt), Stalls: p.stalls(), Drill: p.Drill.view()}
 	v.Title = cmp.Or(p.Title, "cleancut")
 	for _, s := range p.Steps {
 		v.Steps = append(v.Steps, stepView{Step: s, Time: seconds(s.Seconds)})

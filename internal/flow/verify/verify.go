@@ -66,6 +66,14 @@ func Run(ctx context.Context, o Options) (backup.Verdict, error) {
 	return r.v, ctx.Err()
 }
 
+// Filesystems is what is left to check of a copy whose server does not start:
+// it unmounts every filesystem and has each examined.
+func Filesystems(ctx context.Context, c backup.Copy, progress func(check string)) []backup.Check {
+	r := &runner{Options: Options{Copy: c, Progress: progress}}
+	r.filesystems(ctx)
+	return r.v.Checks
+}
+
 // idlePatience is how long awaitIdle waits; the stop itself waits far longer.
 const idlePatience = 30 * time.Second
 

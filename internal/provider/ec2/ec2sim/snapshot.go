@@ -50,6 +50,16 @@ func (s *Server) findSnapshot(id string) (*snapshot, error) {
 	return nil, noSnapshot(id)
 }
 
+// InPool returns what a snapshot is called in the pool, "" if there is none.
+func (s *Server) InPool(id backup.SnapshotID) backup.SnapshotID {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if m := s.snapshots[string(id)]; m != nil {
+		return m.local
+	}
+	return ""
+}
+
 func (s *Server) createSnapshot(ctx context.Context, c *call) (any, error) {
 	id, description, tags := c.volumeID("VolumeId"), c.str("Description"), c.tagSpecs("snapshot")
 	if err := c.ready(); err != nil {
