@@ -82,7 +82,12 @@ func Stream(ctx context.Context, o StreamOptions) error {
 	if s.fatal != nil {
 		err = s.fatal
 	}
-	s.tell(func() { s.status.State, s.status.Error = "stopped", err.Error() }, true)
+	s.tell(func() {
+		s.status.State, s.status.Error = "stopped", ""
+		if !errors.Is(err, context.Canceled) { // who was told to stop has no error
+			s.status.Error = err.Error()
+		}
+	}, true)
 	return err
 }
 
