@@ -2,7 +2,6 @@ package archive
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -23,10 +22,8 @@ const (
 	firstPause = 100 * time.Millisecond // after a failure; doubled each time
 	lastPause  = 5 * time.Second
 	maxPending = backup.Bytes(256 << 20) // what may wait in the folder for the catalog
-	statusFile = "status.json"
 	// claimedFile tells that the catalog has had our record.
 	claimedFile = "claimed"
-	statusMost  = time.Second // the status is written at most so often
 )
 
 // errBehind ends a session: too much waits for the catalog. The server keeps
@@ -41,36 +38,6 @@ type StreamOptions struct {
 	Slot     string // "": a temporary one, with which a lost connection may cost WAL
 	SkipLost bool   // go on after WAL that the server has no longer, and leave a gap
 	Log      *slog.Logger
-}
-
-// Status is how far a stream has come. It lies in its folder for others.
-type Status struct {
-	Updated  time.Time    `json:"updated"`
-	PID      int          `json:"pid"`
-	State    string       `json:"state"` // connecting, receiving, waiting
-	Error    string       `json:"error,omitempty"`
-	Failing  *time.Time   `json:"failing_since,omitempty"`
-	Slot     string       `json:"slot,omitempty"`
-	Timeline wal.Timeline `json:"timeline,omitempty"`
-	Server   backup.LSN   `json:"server_lsn"`  // end of the server's WAL, as it said last
-	Durable  backup.LSN   `json:"durable_lsn"` // end of what is on this host's disk
-	Stored   backup.LSN   `json:"stored_lsn"`  // end of what is in the catalog, and of what the server may forget
-	Lag      backup.Bytes `json:"lag_bytes"`   // from Durable to Server
-	Unstored backup.Bytes `json:"unstored_bytes"`
-	Pending  int          `json:"pending_files"` // wait for the catalog
-}
-
-// ReadStatus reads the status that a stream left in its folder.
-// backup.ErrNotFound: none ever ran with it.
-func ReadStatus(dir string) (s Status, err error) {
-	b, err := os.ReadFile(filepath.Join(dir, statusFile))
-	if errors.Is(err, os.ErrNotExist) {
-		return s, fmt.Errorf("status of the stream: %w", backup.ErrNotFound)
-	}
-	if err == nil {
-		err = json.Unmarshal(b, &s)
-	}
-	return s, err
 }
 
 // stream is one Stream. Its session receives, its uploader stores; both share
@@ -115,7 +82,12 @@ func Stream(ctx context.Context, o StreamOptions) error {
 	if s.fatal != nil {
 		err = s.fatal
 	}
-	s.tell(func() { s.status.State, s.status.Error = "stopped", err.Error() }, true)
+	s.tell(func() {
+		s.status.State, s.status.Error = "stopped", ""
+		if !errors.Is(err, context.Canceled) { // who was told to stop has no error
+			s.status.Error = err.Error()
+		}
+	}, true)
 	return err
 }
 
@@ -377,65 +349,6 @@ func (s *stream) store(ctx context.Context, f wal.File) error {
 		s.status.Error, s.status.Failing = "", nil
 	}, false)
 	return nil
-}
-
-// progress is told by the session.
-func (s *stream) progress(p replication.Position) {
-	s.tell(func() {
-		if s.status.State != "receiving" {
-			s.status.State = "receiving"
-			if len(s.pending) == 0 {
-				s.status.Error, s.status.Failing = "", nil
-			}
-		}
-		s.status.Timeline, s.status.Durable, s.status.Server = p.Timeline, p.Durable, max(p.Server, s.status.Server)
-		if p.Durable < s.status.Stored { // another timeline, or begun anew
-			s.status.Server = p.Server
-		}
-	}, false)
-}
-
-// fails notes what is waited for.
-func (s *stream) fails(err error) {
-	s.o.Log.Warn("waiting", "reason", err)
-	s.tell(func() {
-		s.status.State, s.status.Error = "waiting", err.Error()
-		if s.status.Failing == nil {
-			now := time.Now().UTC()
-			s.status.Failing = &now
-		}
-	}, true)
-}
-
-// tell changes the status and writes it, if it was not written just now.
-func (s *stream) tell(change func(), now bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	change()
-	if !now && time.Since(s.written) < statusMost {
-		return
-	}
-	s.written = time.Now()
-	st := s.status
-	st.Updated, st.Stored, st.Pending = time.Now().UTC(), s.stored(), len(s.pending)
-	st.Lag, st.Unstored = bytesTo(st.Server, st.Durable), bytesTo(st.Server, st.Stored)
-	s.status.Stored = st.Stored
-	b, err := json.MarshalIndent(st, "", "  ")
-	if err != nil {
-		return
-	}
-	// Not durable and not missed: a full disk must not stop the stream.
-	path := filepath.Join(s.o.Dir, statusFile)
-	if os.WriteFile(path+".tmp", append(b, '\n'), 0o600) == nil {
-		_ = os.Rename(path+".tmp", path)
-	}
-}
-
-func bytesTo(to, from backup.LSN) backup.Bytes {
-	if to < from || from == 0 {
-		return 0
-	}
-	return backup.Bytes(to - from)
 }
 
 // wait waits and reports whether ctx still runs.
