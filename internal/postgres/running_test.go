@@ -235,15 +235,7 @@ func TestARunningServerWithoutFsyncOrFullPagesIsRefused(t *testing.T) {
 func TestARunningStandbyIsRefused(t *testing.T) {
 	t.Parallel()
 	primary := pgtest.New(t, pgtest.Options{})
-	standby := pgtest.New(t, pgtest.Options{NoStart: true})
-	if err := os.RemoveAll(standby.DataDirectory); err != nil {
-		t.Fatal(err)
-	}
-	if out, err := primary.Command(t.Context(), "pg_basebackup", "-D", standby.DataDirectory, "-R", "-c", "fast", "-X", "stream").CombinedOutput(); err != nil {
-		t.Fatalf("pg_basebackup: %v\n%s", err, out)
-	}
-	pgtest.Append(t, filepath.Join(standby.DataDirectory, "postgresql.conf"), "unix_socket_directories = '"+standby.SocketDir+"'\n")
-	standby.Start(t)
+	standby := primary.Standby(t)
 	r := inspect(t, standby)
 	if !r.InRecovery || r.Server.Timeline != 1 {
 		t.Errorf("got %+v, want a server in recovery on timeline 1", r)
