@@ -127,7 +127,11 @@ func TestWrongRequestsExitWith2AndSayWhatIsWrong(t *testing.T) {
 		{"dump --level 99 " + id, "99|1 to 22"},
 		{"backup --mode sideways", "sideways|auto, group, freeze or bracketed"},
 		{"backup --mode group", "mode group|cannot cut several volumes|use --mode freeze"},
-		{"backup --mode bracketed", "mode bracketed|not there yet"},
+		{"backup --mode bracketed --checkpoint slow", "slow|spread or fast"},
+		{"backup --mode freeze --checkpoint fast", "--mode bracketed|have none"},
+		{"restore " + id + " --to /tmp/x --target tomorrow", "tomorrow|time=2026"},
+		{"verify " + id + " --target time=2026-11-23T05:00:00", "its zone"},
+		{"dump " + id + " --target lsn=1", "lsn=1"},
 		{"backup --deadline soon", "deadline|soon|--help"},
 		{"backup --deadline 0s", "--deadline"},
 		{"backup --deadline -5s", "--deadline"},
@@ -199,7 +203,6 @@ func TestWhatIsNotThereIsAnErrorThatSaysWhatToDo(t *testing.T) {
 		{"delete " + id, "open pool|nopool|no such file|what to do"},
 		{"backup", "open pool|nopool|what to do"},
 		{"sweep --provider ec2", "no region|[provider.ec2]"},
-		{"restore " + id + " --to /tmp/x --target latest", "latest|not there yet"},
 		{"thaw /nonexistent", "/nonexistent"},
 	} {
 		t.Run(c.args, func(t *testing.T) {

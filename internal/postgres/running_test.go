@@ -235,7 +235,7 @@ func TestARunningServerWithoutFsyncOrFullPagesIsRefused(t *testing.T) {
 func TestARunningStandbyIsRefused(t *testing.T) {
 	t.Parallel()
 	primary := pgtest.New(t, pgtest.Options{})
-	standby := primary.Standby(t)
+	standby := primary.Standby(t, nil)
 	r := inspect(t, standby)
 	if !r.InRecovery || r.Server.Timeline != 1 {
 		t.Errorf("got %+v, want a server in recovery on timeline 1", r)
