@@ -135,7 +135,7 @@ func (g *gridFlags) define(f flagSet) {
 		into              *[]string
 		name, value, text string
 	}{
-		{&g.mode, "mode", "freeze,none", "ways to cut: freeze, group (needs --provider ec2), none (nothing is held)"},
+		{&g.mode, "mode", "freeze,none", "ways to cut: freeze, group (needs --provider ec2), bracketed (each filesystem by itself, in backup mode), none (nothing is held)"},
 		{&g.skew, "skew", "0,5s", "time between members, from the answer for one to the request for the next"},
 		{&g.order, "order", "forward", "of the members, with a skew: forward (data, WAL, tablespaces, or the slots), backward"},
 		{&g.volumes, "volumes", "4", "numbers of volumes"},

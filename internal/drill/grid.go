@@ -180,10 +180,10 @@ func (g Grid) Cells(where func(needs []string) (place, why string)) (cells []Cel
 		if known && !l.chunks {
 			c.Chunk = 0
 		}
-		if c.Mode == backup.ModeGroup {
+		if c.Mode == backup.ModeGroup || c.Mode == backup.ModeBracketed && c.Layout != "separate" { // one call; one filesystem
 			c.SkewMS = 0
 		}
-		if c.SkewMS == 0 || c.Order == Forward {
+		if c.SkewMS == 0 || c.Order == Forward || c.Mode == backup.ModeBracketed {
 			c.Order = ""
 		}
 		why := c.wrong(l, known)
@@ -254,10 +254,8 @@ func (c Cell) wrong(l layout, known bool) string {
 		return fmt.Sprintf("layout %q: %s", c.Layout, layoutNames())
 	case c.Mode == backup.ModeGroup && c.Provider != EC2:
 		return "the local provider has no group; the EC2 test server has: --provider ec2"
-	case c.Mode == backup.ModeBracketed:
-		return "bracketed cuts are not there yet"
-	case c.Mode != backup.ModeFreeze && c.Mode != backup.ModeNone && c.Mode != backup.ModeGroup:
-		return fmt.Sprintf("mode %q: freeze, none or, with --provider ec2, group", c.Mode)
+	case !slices.Contains([]backup.Mode{backup.ModeFreeze, backup.ModeNone, backup.ModeGroup, backup.ModeBracketed}, c.Mode):
+		return fmt.Sprintf("mode %q: freeze, bracketed, none or, with --provider ec2, group", c.Mode)
 	case c.Volumes < 2 || c.Volumes > 16:
 		return fmt.Sprintf("%d volumes: want 2 to 16", c.Volumes)
 	case l.chunks && (c.Chunk < 4<<10 || c.Chunk > 1<<20 || c.Chunk&(c.Chunk-1) != 0):

@@ -39,7 +39,6 @@ func TestCellsThatCannotBeDoneAreNamed(t *testing.T) {
 		says   string
 	}{
 		{"a group of the local provider", func(g *drill.Grid) { g.Modes = append(g.Modes, "group") }, "has no group; the EC2 test server has: --provider ec2"},
-		{"bracketed", func(g *drill.Grid) { g.Modes = append(g.Modes, "bracketed") }, "not there yet"},
 		{"a mode that is none", func(g *drill.Grid) { g.Modes = append(g.Modes, "thaw") }, `mode "thaw"`},
 		{"a layout", func(g *drill.Grid) { g.Layouts = append(g.Layouts, "raid5") }, "raid0, linear, lvm, lvm-striped"},
 		{"one volume", func(g *drill.Grid) { g.Volumes = append(g.Volumes, 1) }, "1 volumes: want 2"},

@@ -217,7 +217,7 @@ func (p *production) cut(ctx context.Context, c Cell) shot {
 	if c.Order == Backward {
 		a.Provider = backward{a.Provider}
 	}
-	s.manifest, s.err = a.Backup(ctx, flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: c.Mode, Skew: c.Skew(),
+	s.manifest, s.err = a.Backup(ctx, flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: c.Mode, Skew: c.Skew(), FastCheckpoint: true,
 		Deadline: 2*members*c.Skew() + 2*time.Minute, Quick: 5 * time.Second, Rounds: 20, KeepAway: []string{p.pool, p.Out}, AllowForeign: p.load.Files != nil,
 		BeforeFreeze: func(ctx context.Context) error {
 			if c.Checkpoint != CheckpointBefore {

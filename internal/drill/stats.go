@@ -88,9 +88,13 @@ func (s CellSummary) Sentence() string {
 	if s.Mode == backup.ModeGroup {
 		cuts = "group cuts"
 	}
-	when := "with all members at once"
+	members := "members"
+	if s.Mode == backup.ModeBracketed {
+		cuts, members = "bracketed cuts", "filesystems"
+	}
+	when := "with all " + members + " at once"
 	if s.SkewMS > 0 {
-		when = "with " + s.Skew().String() + " between members"
+		when = "with " + s.Skew().String() + " between " + members
 		if s.Order != "" {
 			when += ", the last first"
 		}
