@@ -193,7 +193,7 @@ func (p *page) sizes(m Measurement) {
 	c := m.Conditions
 	p.line("## Size of the database")
 	p.line("")
-	p.line("The same machine and measurement, without a limit, the server at rest, one volume. Each time a checkpoint, one backup that does not count, %d backups with the real program from its call to its end,", c.Backups)
+	p.line("The same machine and measurement, without a limit, the server at rest, one volume. Each time a checkpoint, one backup that does not count, %d backups with the real program (`--deadline 2m`) from its call to its end,", c.Backups)
 	p.line("and %d restores of the last one, from the start of the restore to the first query. An aged volume was brought into at least %d extents: a clone is kept while every second block of a file on it is written anew.", c.Restores, c.Extents)
 	p.line("")
 	p.head("databases", "volume", "extents", "backup, s", "frozen, ms", "first query, s")

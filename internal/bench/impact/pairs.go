@@ -103,14 +103,17 @@ func (s *site) pair(ctx context.Context, group memoryGroup, t tool) (p evidence.
 	p = evidence.Pair{Tool: t.Key, At: time.Now().UTC(), Load: loadAverage()}
 	var release func(context.Context) error
 	prepare := func() (err error) { release, err = t.prepare(ctx, s); return err }
-	if err := group.run(prepare); err != nil {
-		return p, err
+	prepared := group.run(prepare)
+	if release != nil {
+		defer func() {
+			undoing, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+			defer cancel()
+			err = errors.Join(err, release(undoing))
+		}()
 	}
-	defer func() {
-		undoing, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
-		defer cancel()
-		err = errors.Join(err, release(undoing))
-	}()
+	if prepared != nil {
+		return p, prepared
+	}
 	if err := s.settle(ctx, group); err != nil {
 		return p, err
 	}

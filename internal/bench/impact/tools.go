@@ -22,7 +22,8 @@ type tool struct {
 	evidence.Tool
 	needs []string // programs that must be installed
 	// prepare makes what must stand before a backup, also while production is
-	// measured alone; the release ends it.
+	// measured alone. The release ends it; one that is returned beside an
+	// error must be called, too.
 	prepare func(ctx context.Context, s *site) (release func(ctx context.Context) error, err error)
 	// backup makes one, from the call to its end.
 	backup func(ctx context.Context, s *site) (*evidence.Cut, error)
@@ -213,7 +214,7 @@ pg1-user=postgres
 		return nil, err
 	}
 	return func(ctx context.Context) error {
-		return errors.Join(s.exec(ctx, "ALTER SYSTEM RESET archive_command", "SELECT pg_reload_conf()"), os.RemoveAll(dir))
+		return s.exec(ctx, "ALTER SYSTEM RESET archive_command", "SELECT pg_reload_conf()")
 	}, backRest(ctx, s, "check")
 }
 
@@ -255,52 +256,44 @@ immediate_checkpoint = true
 	if err := os.WriteFile(filepath.Join(dir, "barman.conf"), []byte(text), 0o644); err != nil {
 		return nil, err
 	}
-	undo := []func(context.Context) error{func(context.Context) error { return os.RemoveAll(dir) }}
+	var undo []func(context.Context) error
 	release = func(ctx context.Context) error {
 		var errs []error
-		for i := range undo {
-			errs = append(errs, undo[len(undo)-1-i](ctx))
+		for _, u := range slices.Backward(undo) {
+			errs = append(errs, u(ctx))
 		}
 		return errors.Join(errs...)
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, release(context.WithoutCancel(ctx)))
-		}
-	}()
 	if _, err := output(s.barman(ctx, "receive-wal", "--create-slot", "main")); err != nil {
 		return nil, err
 	}
 	undo = append(undo, func(ctx context.Context) error {
-		return s.exec(ctx, "SELECT pg_drop_replication_slot('barman')")
+		return s.until(ctx, "SELECT pg_drop_replication_slot('barman')") // it is active for a moment longer
 	})
 	receiver := s.barman(context.WithoutCancel(ctx), "receive-wal", "main")
 	if err := begin(receiver); err != nil {
-		return nil, err
+		return release, err
 	}
 	undo = append(undo, func(context.Context) error {
 		err := syscall.Kill(-receiver.Process.Pid, syscall.SIGINT)
 		_ = receiver.Wait() // interrupted: its status says so
 		return err
 	})
-	if err := s.received(ctx); err != nil {
-		return nil, err
+	if err := s.until(ctx, "SELECT 1 / count(*) FROM pg_replication_slots WHERE slot_name = 'barman' AND active"); err != nil {
+		return release, fmt.Errorf("barman receive-wal does not stream: %w", err)
 	}
 	_, err = output(s.barman(ctx, "switch-wal", "--force", "--archive", "--archive-timeout", "120", "main"))
 	return release, err
 }
 
-// received waits until somebody streams from Barman's slot.
-func (s *site) received(ctx context.Context) error {
+// until repeats a statement until it succeeds, for a minute.
+func (s *site) until(ctx context.Context, statement string) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for {
-		err := s.exec(ctx, "SELECT 1 / count(*) FROM pg_replication_slots WHERE slot_name = 'barman' AND active")
-		if err == nil {
-			return nil
-		}
-		if wait(ctx, 200*time.Millisecond) != nil {
-			return fmt.Errorf("barman receive-wal does not stream: %w", err)
+		err := s.exec(ctx, statement)
+		if err == nil || wait(ctx, 200*time.Millisecond) != nil {
+			return err
 		}
 	}
 }
