@@ -54,6 +54,9 @@ func (f *Flow) bracketed(ctx context.Context, o BackupOptions, m *backup.Manifes
 		if b.Control, control, err = postgres.ReadLiveControl(filepath.Join(m.Server.DataDirectory, "global", "pg_control")); err != nil {
 			return err
 		}
+		if control.State != postgres.ControlInArchiveRecovery {
+			return fmt.Errorf("the standby left recovery during the backup (its pg_control says %s): %w", control.State, backup.ErrVoid)
+		}
 		b.End = backup.LSN(control.MinRecoveryLSN)
 	}
 	b.Stopping = time.Now().UTC()

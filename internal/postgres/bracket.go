@@ -122,7 +122,8 @@ func (c *image) relocateMap(original []byte) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	spaces, err := parseTablespaceMap(original)
+	escapes := c.plan.Server.Major() >= 14
+	spaces, err := parseTablespaceMap(original, escapes)
 	if err != nil {
 		return "", err
 	}
@@ -138,7 +139,7 @@ func (c *image) relocateMap(original []byte) (string, error) {
 		}
 		spaces[i].path = to
 	}
-	return formatTablespaceMap(spaces), nil
+	return formatTablespaceMap(spaces, escapes), nil
 }
 
 // tablespace is a line of tablespace_map.
@@ -149,13 +150,14 @@ type tablespace struct {
 
 // parseTablespaceMap reads what do_pg_backup_start wrote (xlog.c; the reader is
 // read_tablespace_map of xlogrecovery.c): "oid path" and a newline, with a
-// backslash before each newline, carriage return and backslash of the path.
-func parseTablespaceMap(b []byte) ([]tablespace, error) {
+// backslash before each newline and carriage return of the path, and where
+// escapes (14 and later) also before each backslash.
+func parseTablespaceMap(b []byte, escapes bool) ([]tablespace, error) {
 	var out []tablespace
 	var line strings.Builder
 	for i := 0; i < len(b); i++ {
 		switch {
-		case b[i] == '\\' && i+1 < len(b):
+		case b[i] == '\\' && i+1 < len(b) && (escapes || b[i+1] == '\n' || b[i+1] == '\r'):
 			i++
 			line.WriteByte(b[i])
 		case b[i] == '\n':
@@ -176,9 +178,13 @@ func parseTablespaceMap(b []byte) ([]tablespace, error) {
 	return out, nil
 }
 
-func formatTablespaceMap(spaces []tablespace) string {
+func formatTablespaceMap(spaces []tablespace, escapes bool) string {
 	var b strings.Builder
-	escape := strings.NewReplacer("\n", "\\\n", "\r", "\\\r", `\`, `\\`)
+	pairs := []string{"\n", "\\\n", "\r", "\\\r"}
+	if escapes {
+		pairs = append(pairs, `\`, `\\`)
+	}
+	escape := strings.NewReplacer(pairs...)
 	for _, s := range spaces {
 		fmt.Fprintf(&b, "%d %s\n", s.oid, escape.Replace(s.path))
 	}

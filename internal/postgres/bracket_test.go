@@ -13,15 +13,15 @@ func FuzzTablespaceMap(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
-		spaces, err := parseTablespaceMap([]byte(s))
+		spaces, err := parseTablespaceMap([]byte(s), true)
 		if err != nil {
 			if !errors.Is(err, backup.ErrDamage) {
 				t.Errorf("%q: got %v, want damage", s, err)
 			}
 			return
 		}
-		written := formatTablespaceMap(spaces)
-		again, err := parseTablespaceMap([]byte(written))
+		written := formatTablespaceMap(spaces, true)
+		again, err := parseTablespaceMap([]byte(written), true)
 		if err != nil || len(again) != len(spaces) {
 			t.Fatalf("%q written as %q: got %v, %v", s, written, again, err)
 		}
@@ -34,13 +34,18 @@ func FuzzTablespaceMap(f *testing.F) {
 }
 
 func TestTheMapGetsTheCopysPaths(t *testing.T) {
-	c := &image{rootPath: t.TempDir(), plan: Plan{Map: func(original string) (string, bool) {
+	c := &image{rootPath: t.TempDir(), plan: Plan{Server: backup.Server{VersionNum: 140000}, Map: func(original string) (string, bool) {
 		rest, ok := strings.CutPrefix(original, "/srv/")
 		return "/copy/" + rest, ok
 	}}}
 	got, err := c.relocateMap([]byte("16385 /srv/fast\n16386 /srv/a\\\\b\n"))
 	if want := "16385 /copy/fast\n16386 /copy/a\\\\b\n"; err != nil || got != want {
 		t.Errorf("got %q, %v, want %q", got, err, want)
+	}
+	c.plan.Server.VersionNum = 130000 // writes a backslash as it is
+	got, err = c.relocateMap([]byte("16386 /srv/a\\b\n16387 /srv/new\\\nline\n"))
+	if want := "16386 /copy/a\\b\n16387 /copy/new\\\nline\n"; err != nil || got != want {
+		t.Errorf("of 13: got %q, %v, want %q", got, err, want)
 	}
 	if got, err := c.relocateMap([]byte("16385 /elsewhere\n")); !errors.Is(err, backup.ErrUnsupported) {
 		t.Errorf("got %q, %v for a path that no filesystem of the copy holds", got, err)
