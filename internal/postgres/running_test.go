@@ -180,7 +180,7 @@ func TestPreflightRefusesWhatMakesRecoveryUnsound(t *testing.T) {
 		{name: "full_page_writes off", change: func(r *postgres.Running) { r.Server.Settings["full_page_writes"] = "off" }, refuse: "full_page_writes"},
 		{name: "full_page_writes off where the storage does not tear", change: func(r *postgres.Running) { r.Server.Settings["full_page_writes"] = "off" },
 			allow: postgres.Allow{NoFullPageWrites: true}, note: "full_page_writes"},
-		{name: "a standby", change: func(r *postgres.Running) { r.InRecovery = true }, refuse: "standby", is: backup.ErrNotThere},
+		{name: "a standby", change: func(r *postgres.Running) { r.InRecovery = true }, refuse: "standby", is: backup.ErrUnsupported},
 		{name: "no superuser", change: func(r *postgres.Running) { r.Superuser = false }, refuse: "superuser"},
 		{name: "version 12", change: func(r *postgres.Running) { r.Server.VersionNum = 120022 }, refuse: "older", is: backup.ErrUnsupported},
 		{name: "version 18", change: func(r *postgres.Running) { r.Server.VersionNum = 180006 }},
@@ -244,7 +244,7 @@ func TestARunningStandbyIsRefused(t *testing.T) {
 		t.Errorf("for a bracketed backup: %v", err)
 	}
 	if err := postgres.Refused(postgres.Preflight(r, postgres.Allow{})); !errors.Is(err, backup.ErrUnsupported) {
-		t.Errorf("got %v, want ErrNotThere", err)
+		t.Errorf("got %v, want ErrUnsupported", err)
 	}
 	standby.Stop(t)
 }
