@@ -45,6 +45,7 @@ type Machine struct {
 type Conditions struct {
 	Scale      int          `json:"scale"` // pgbench's
 	Clients    int          `json:"clients"`
+	Rate       int          `json:"rate"`             // transactions a second that are asked for; 0: as many as there can be
 	IOPS       int          `json:"iops"`             // of the volume, each way
 	Throughput backup.Bytes `json:"bytes_per_second"` // of the volume, each way
 	Memory     backup.Bytes `json:"memory_bytes"`     // of the server and the tools together

@@ -99,6 +99,7 @@ func parse(args []string) (options, error) {
 	}
 	f.IntVar(&o.Scale, "scale", 50, "pgbench's scale: 15 MB each")
 	f.IntVar(&o.Clients, "clients", 8, "sessions of pgbench")
+	f.IntVar(&o.Rate, "rate", 0, "transactions a second that pgbench begins; 0: as fast as it can")
 	f.IntVar(&o.IOPS, "iops", 1000, "limit of the volume, reads and writes each")
 	bytes(&o.Throughput, "throughput", "limit of the volume in bytes a second, reads and writes each")
 	bytes(&o.Memory, "memory", "memory of the server and the tools, page cache included")
