@@ -17,6 +17,7 @@ import (
 // Measurement is all of docs/evidence/impact.json: what backups cost
 // production, and how long they take for databases of several sizes.
 type Measurement struct {
+	Name string `json:"-"` // of impact-NAME.json
 	Start
 	Pairs []Pair `json:"pairs"`
 	Sizes []Size `json:"sizes"`

@@ -55,7 +55,7 @@ func low(pairs []Pair) (with, ofWith, alone, ofAlone int) {
 
 func (p *page) impact(m Measurement) {
 	c := m.Conditions
-	p.line("## What a backup costs production")
+	p.line("## What a backup costs production%s", strings.TrimSuffix(": "+m.Name, ": "))
 	p.line("")
 	p.line("Begun %s UTC.", m.At.UTC().Format("2006-01-02 15:04"))
 	p.machine(m.Machine)
@@ -80,7 +80,7 @@ func (p *page) impact(m Measurement) {
 	p.reached(m)
 	p.line("")
 	if len(m.Pairs) > 0 {
-		p.line("![transactions of each second, of each tool's pair with the median of what was kept](%s)", chartFile)
+		p.line("![transactions of each second, of each tool's pair with the median of what was kept](%s)", m.ChartFile())
 		p.line("")
 	}
 	for _, t := range m.Tools {
@@ -207,9 +207,6 @@ func (p *page) sizes(m Measurement) {
 			age = "aged"
 		}
 		p.row(s.Database.String(), age, fmt.Sprint(s.Extents), spread("%.2f", s.Backups), spread("%.0f", s.Frozen), spread("%.2f", s.Restores))
-	}
-	if len(m.Sizes) == 0 {
-		p.row("not measured", "", "", "", "", "")
 	}
 	p.line("")
 	for _, aged := range []bool{false, true} {
