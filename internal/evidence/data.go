@@ -17,6 +17,7 @@ import (
 // Measurement is all of docs/evidence/impact.json: what backups cost
 // production, and how long they take for databases of several sizes.
 type Measurement struct {
+	Name string `json:"-"` // of impact-NAME.json
 	Start
 	Pairs []Pair `json:"pairs"`
 	Sizes []Size `json:"sizes"`
@@ -45,6 +46,7 @@ type Machine struct {
 type Conditions struct {
 	Scale      int          `json:"scale"` // pgbench's
 	Clients    int          `json:"clients"`
+	Rate       int          `json:"rate"`             // transactions a second that are asked for; 0: as many as there can be
 	IOPS       int          `json:"iops"`             // of the volume, each way
 	Throughput backup.Bytes `json:"bytes_per_second"` // of the volume, each way
 	Memory     backup.Bytes `json:"memory_bytes"`     // of the server and the tools together

@@ -32,7 +32,7 @@ type Drill struct {
 
 // ReadDrill reads one file.
 func ReadDrill(file string) (Drill, error) {
-	d := Drill{Name: strings.TrimSuffix(strings.TrimPrefix(filepath.Base(file), "drill-"), ".json")}
+	d := Drill{Name: nameOf("drill", file)}
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return d, err

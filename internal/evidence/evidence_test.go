@@ -27,14 +27,13 @@ func TestThePageIsWhatItsDataGive(t *testing.T) {
 	if want := evidence.Page(d); string(got) != want {
 		t.Errorf("docs/evidence.md is not what docs/evidence gives: run `make evidence`")
 	}
-	if d.Impact == nil {
-		return
-	}
-	if got, err = os.ReadFile("../../docs/evidence/throughput.svg"); err != nil {
-		t.Fatal(err)
-	}
-	if string(got) != evidence.Chart(*d.Impact) {
-		t.Errorf("docs/evidence/throughput.svg is not what docs/evidence gives: run `make evidence`")
+	for _, m := range d.Impacts {
+		if got, err = os.ReadFile("../../docs/" + m.ChartFile()); err != nil {
+			t.Fatal(err)
+		}
+		if string(got) != evidence.Chart(m) {
+			t.Errorf("docs/%s is not what docs/evidence gives: run `make evidence`", m.ChartFile())
+		}
 	}
 }
 
@@ -124,7 +123,7 @@ func measurement(with ...evidence.Window) evidence.Data {
 		m.Pairs = append(m.Pairs, evidence.Pair{Repeat: i + 1, Tool: "cleancut-freeze", Alone: steady(100, 100, 70, 130), With: w, Seconds: 1.5})
 	}
 	m.Pairs = append(m.Pairs, evidence.Pair{Repeat: 1, Tool: "pg_dumpall", Alone: steady(100, 100), With: steady(40, 60), Seconds: 2})
-	return evidence.Data{Impact: &m}
+	return evidence.Data{Impacts: []evidence.Measurement{m}}
 }
 
 func TestThePageSaysWhetherTheTargetWasReached(t *testing.T) {
@@ -159,8 +158,8 @@ func TestThePageSaysWhetherTheTargetWasReached(t *testing.T) {
 
 func TestTheChartShowsThePairWithTheMedianOfEachToolAndIsXML(t *testing.T) {
 	d := measurement(steady(10, 10), steady(95, 97), steady(200, 300))
-	d.Impact.Tools[0].Name = "a <b> & c"
-	got := evidence.Chart(*d.Impact)
+	d.Impacts[0].Tools[0].Name = "a <b> & c"
+	got := evidence.Chart(d.Impacts[0])
 	if err := xml.Unmarshal([]byte(got), new(struct{})); err != nil {
 		t.Errorf("%v in:\n%s", err, got)
 	}
@@ -179,7 +178,8 @@ func TestTheChartShowsThePairWithTheMedianOfEachToolAndIsXML(t *testing.T) {
 
 func TestSizesAreComparedLargestWithSmallest(t *testing.T) {
 	d := measurement()
-	d.Impact.Sizes = []evidence.Size{
+	d.Impacts[0].Conditions.Sizes = []backup.Bytes{1}
+	d.Impacts[0].Sizes = []evidence.Size{
 		{Database: 4 << 30, Backups: []float64{0.6, 0.5, 0.7}, Restores: []float64{3}},
 		{Database: 1 << 30, Backups: []float64{0.5, 0.5, 0.5}, Restores: []float64{2}},
 		{Database: 4 << 30, Aged: true, Backups: []float64{9}, Restores: []float64{9}},
@@ -223,7 +223,7 @@ func TestADiaryGoesOnWhereItStopped(t *testing.T) {
 	if _, err := evidence.OpenDiary(path, start); !errors.Is(err, backup.ErrUsage) {
 		t.Errorf("other conditions: got %v, want ErrUsage", err)
 	}
-	out := filepath.Join(filepath.Dir(path), "impact.json")
+	out := evidence.ImpactFile(filepath.Dir(path), "x")
 	if err := d.Finish(out); err != nil {
 		t.Fatal(err)
 	}
@@ -231,8 +231,8 @@ func TestADiaryGoesOnWhereItStopped(t *testing.T) {
 		t.Errorf("the diary of a finished measurement is still there: %v", err)
 	}
 	data, err := evidence.Read(filepath.Dir(path))
-	if err != nil || data.Impact == nil || len(data.Impact.Pairs) != 1 {
-		t.Errorf("read again: %+v, %v", data.Impact, err)
+	if err != nil || len(data.Impacts) != 1 || len(data.Impacts[0].Pairs) != 1 || data.Impacts[0].Name != "x" {
+		t.Errorf("read again: %+v, %v", data.Impacts, err)
 	}
 }
 

@@ -55,15 +55,19 @@ func low(pairs []Pair) (with, ofWith, alone, ofAlone int) {
 
 func (p *page) impact(m Measurement) {
 	c := m.Conditions
-	p.line("## What a backup costs production")
+	p.line("## What a backup costs production%s", strings.TrimSuffix(": "+m.Name, ": "))
 	p.line("")
 	p.line("Begun %s UTC.", m.At.UTC().Format("2006-01-02 15:04"))
 	p.machine(m.Machine)
 	loads := each(m.Pairs, func(p Pair) float64 { return p.Load })
 	p.line("The machine's load average before each pair, with what the measurement itself had just done, was %s.", spread("%.1f", loads))
 	p.line("")
+	speed := "as fast as it can"
+	if c.Rate > 0 {
+		speed = fmt.Sprintf("at %d transactions/s, as far as it can", c.Rate)
+	}
 	p.line("Production is one server on one XFS filesystem on one volume of the local provider, limited to %d IOPS and %.0f MB/s, reads and writes each, in the root blkio cgroup, so that the kernel's", c.IOPS, megabytes(c.Throughput))
-	p.line("writeback is limited, too. Server and tools share %s of memory, page cache included; pgbench at scale %d runs with %d sessions as fast as it can. `shared_buffers` is 128 MB,", c.Memory, c.Scale, c.Clients)
+	p.line("writeback is limited, too. Server and tools share %s of memory, page cache included; pgbench at scale %d runs with %d sessions %s. `shared_buffers` is 128 MB,", c.Memory, c.Scale, c.Clients, speed)
 	p.line("`checkpoint_timeout` %g s with the default spread instead of 5 min, so that all windows hold about the same share of checkpoints; page checksums are on. What tools write goes to another filesystem,", float64(c.Checkpoint))
 	p.line("of the machine's disk, without a limit.")
 	p.line("")
@@ -76,7 +80,7 @@ func (p *page) impact(m Measurement) {
 	p.reached(m)
 	p.line("")
 	if len(m.Pairs) > 0 {
-		p.line("![transactions of each second, of each tool's pair with the median of what was kept](%s)", chartFile)
+		p.line("![transactions of each second, of each tool's pair with the median of what was kept](%s)", m.ChartFile())
 		p.line("")
 	}
 	for _, t := range m.Tools {
@@ -203,9 +207,6 @@ func (p *page) sizes(m Measurement) {
 			age = "aged"
 		}
 		p.row(s.Database.String(), age, fmt.Sprint(s.Extents), spread("%.2f", s.Backups), spread("%.0f", s.Frozen), spread("%.2f", s.Restores))
-	}
-	if len(m.Sizes) == 0 {
-		p.row("not measured", "", "", "", "", "")
 	}
 	p.line("")
 	for _, aged := range []bool{false, true} {

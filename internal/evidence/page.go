@@ -14,20 +14,29 @@ import (
 
 // Data is all that the page tells.
 type Data struct {
-	Impact *Measurement // nil: not there
-	Drills []Drill
+	Impacts []Measurement
+	Drills  []Drill
 }
 
-// Read reads the data of a folder: impact.json and drill-*.json, each of which
-// may be missing. A field that it does not know is an error.
+// Read reads the data of a folder: impact.json, impact-NAME.json and
+// drill-NAME.json, in order of their names. None need be there. A field of a
+// measurement that it does not know is an error.
 func Read(dir string) (Data, error) {
 	var d Data
-	var m Measurement
-	switch err := readStrictly(filepath.Join(dir, "impact.json"), &m); {
-	case err == nil:
-		d.Impact = &m
-	case !errors.Is(err, os.ErrNotExist):
+	impacts, err := filepath.Glob(filepath.Join(dir, "impact-*.json"))
+	if err != nil {
 		return d, err
+	}
+	for _, f := range append([]string{ImpactFile(dir, "")}, impacts...) {
+		m := Measurement{Name: nameOf("impact", f)}
+		err := readStrictly(f, &m)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return d, err
+		}
+		d.Impacts = append(d.Impacts, m)
 	}
 	files, err := filepath.Glob(filepath.Join(dir, "drill-*.json"))
 	if err != nil {
@@ -41,6 +50,22 @@ func Read(dir string) (Data, error) {
 		d.Drills = append(d.Drills, drill)
 	}
 	return d, nil
+}
+
+// ImpactFile is where a measurement of a name, which may be "", is kept in a
+// folder of data.
+func ImpactFile(dir, name string) string { return filepath.Join(dir, withName("impact", name)+".json") }
+
+func withName(kind, name string) string {
+	if name == "" {
+		return kind
+	}
+	return kind + "-" + name
+}
+
+// nameOf is the part of a file's name after its kind.
+func nameOf(kind, file string) string {
+	return strings.TrimPrefix(strings.TrimPrefix(strings.TrimSuffix(filepath.Base(file), ".json"), kind), "-")
 }
 
 func readStrictly(file string, into any) error {
@@ -57,23 +82,23 @@ func readStrictly(file string, into any) error {
 	return nil
 }
 
-// Write writes evidence.md of a folder, and its chart, from the data in its
+// Write writes evidence.md of a folder, and its charts, from the data in its
 // evidence/.
 func Write(docs string) error {
 	d, err := Read(filepath.Join(docs, "evidence"))
 	if err != nil {
 		return err
 	}
-	if d.Impact != nil {
-		if err := os.WriteFile(filepath.Join(docs, chartFile), []byte(Chart(*d.Impact)), 0o644); err != nil {
+	for _, m := range d.Impacts {
+		if err := os.WriteFile(filepath.Join(docs, m.ChartFile()), []byte(Chart(m)), 0o644); err != nil {
 			return err
 		}
 	}
 	return os.WriteFile(filepath.Join(docs, "evidence.md"), []byte(Page(d)), 0o644)
 }
 
-// chartFile is the chart's path, from the page.
-const chartFile = "evidence/throughput.svg"
+// ChartFile is the path of its chart, from the page.
+func (m Measurement) ChartFile() string { return "evidence/" + withName("throughput", m.Name) + ".svg" }
 
 // Page is the page. The same data gives the same page.
 func Page(d Data) string {
@@ -83,11 +108,15 @@ func Page(d Data) string {
 	p.line("Written by a program from the data in `docs/evidence/`; a test compares the two. `make bench-impact` (root, about an hour) measures what backups cost and writes the page,")
 	p.line("`make evidence` only writes it. Only figures of one run may be compared. Where there are several measurements of a thing its median stands first, then the lowest and the highest.")
 	p.line("")
-	if d.Impact == nil {
+	if len(d.Impacts) == 0 {
 		p.line("What a backup costs production was not measured yet.")
-	} else {
-		p.impact(*d.Impact)
-		p.sizes(*d.Impact)
+		p.line("")
+	}
+	for _, m := range d.Impacts {
+		p.impact(m)
+		if len(m.Conditions.Sizes) > 0 {
+			p.sizes(m)
+		}
 	}
 	p.drills(d.Drills)
 	return p.String()

@@ -106,13 +106,13 @@ func TestAMeasurementThatIsInterruptedLeavesNothingAndGoesOn(t *testing.T) {
 		t.Errorf("it did not go on after the first pair:\n%s", second.said.String())
 	}
 	d, err := evidence.Read(filepath.Join(docs, "evidence"))
-	if err != nil || d.Impact == nil {
+	if err != nil || len(d.Impacts) != 1 {
 		t.Fatalf("data: %v", err)
 	}
-	if len(d.Impact.Pairs) != 2 || len(d.Impact.Sizes) != 2 {
-		t.Errorf("%d pairs and %d sizes, want 2 and 2", len(d.Impact.Pairs), len(d.Impact.Sizes))
+	if len(d.Impacts[0].Pairs) != 2 || len(d.Impacts[0].Sizes) != 2 {
+		t.Errorf("%d pairs and %d sizes, want 2 and 2", len(d.Impacts[0].Pairs), len(d.Impacts[0].Sizes))
 	}
-	for _, p := range d.Impact.Pairs {
+	for _, p := range d.Impacts[0].Pairs {
 		if p.Alone.Transactions == 0 || p.With.Transactions == 0 || p.Alone.Written == 0 || (p.Cut != nil) != (p.Tool == "cleancut-freeze") {
 			t.Errorf("a pair without figures: %+v", p)
 		}

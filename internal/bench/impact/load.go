@@ -31,7 +31,11 @@ func (s *site) startLoad(ctx context.Context) (*client, context.Context, error) 
 	if err := errors.Join(os.RemoveAll(c.dir), s.server.Mkdir(c.dir)); err != nil {
 		return nil, ctx, err
 	}
-	c.cmd = s.server.Command(context.WithoutCancel(ctx), "pgbench", "-n", "-c", strconv.Itoa(s.Clients), "-j", "2", "-T", "86400", "--log", "--log-prefix="+filepath.Join(c.dir, "log"), "postgres")
+	args := []string{"-n", "-c", strconv.Itoa(s.Clients), "-j", "2", "-T", "86400", "--log", "--log-prefix=" + filepath.Join(c.dir, "log"), "postgres"}
+	if s.Rate > 0 {
+		args = append([]string{"--rate=" + strconv.Itoa(s.Rate)}, args...)
+	}
+	c.cmd = s.server.Command(context.WithoutCancel(ctx), "pgbench", args...)
 	c.cmd.Stdout, c.cmd.Stderr = c.said, c.said
 	if err := begin(c.cmd); err != nil {
 		return nil, ctx, err

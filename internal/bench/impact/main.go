@@ -42,11 +42,12 @@ type options struct {
 	tools   string // keys of those to measure, commas between; "": all
 	render  bool
 	drill   string // report.json of a drill, to be kept as data
-	as      string // its name there
+	as      string // name of the drill's data, or of the measurement's
 }
 
 func (o options) data() string  { return filepath.Join(o.docs, "evidence") }
-func (o options) diary() string { return filepath.Join(o.data(), "impact.part.jsonl") }
+func (o options) file() string  { return evidence.ImpactFile(o.data(), o.as) }
+func (o options) diary() string { return strings.TrimSuffix(o.file(), ".json") + ".part.jsonl" }
 
 func run(args []string) int {
 	o, err := parse(args)
@@ -99,6 +100,7 @@ func parse(args []string) (options, error) {
 	}
 	f.IntVar(&o.Scale, "scale", 50, "pgbench's scale: 15 MB each")
 	f.IntVar(&o.Clients, "clients", 8, "sessions of pgbench")
+	f.IntVar(&o.Rate, "rate", 0, "transactions a second that pgbench begins; 0: as fast as it can")
 	f.IntVar(&o.IOPS, "iops", 1000, "limit of the volume, reads and writes each")
 	bytes(&o.Throughput, "throughput", "limit of the volume in bytes a second, reads and writes each")
 	bytes(&o.Memory, "memory", "memory of the server and the tools, page cache included")
@@ -121,15 +123,15 @@ func parse(args []string) (options, error) {
 	f.StringVar(&o.work, "work", "/tmp", "folder for everything that is made and goes away again, about 30 GB; short")
 	f.BoolVar(&o.render, "render", false, "measure nothing: only write evidence.md from the data that is there")
 	f.StringVar(&o.drill, "drill", "", "measure nothing: keep what the page tells of this report.json of a drill, then write evidence.md")
-	f.StringVar(&o.as, "as", "", "name of that drill's data: evidence/drill-NAME.json")
+	f.StringVar(&o.as, "as", "", "name of that drill's data: evidence/drill-NAME.json; or of a measurement that stands beside the usual one: evidence/impact-NAME.json")
 	if err := f.Parse(args); err != nil {
 		return o, err
 	}
 	switch {
 	case f.NArg() > 0:
 		return o, fmt.Errorf("%w: %q", backup.ErrUsage, f.Args())
-	case o.drill != "" && backup.CheckClusterName(o.as) != nil:
-		return o, fmt.Errorf("%w: -drill FILE goes with -as NAME, of a-z 0-9 . _ -", backup.ErrUsage)
+	case (o.drill != "" || o.as != "") && backup.CheckClusterName(o.as) != nil:
+		return o, fmt.Errorf("%w: -as NAME, of a-z 0-9 . _ -, without which -drill cannot be", backup.ErrUsage)
 	case o.Repeats < 1 || o.Clients < 1 || o.Scale < 1 || o.IOPS < 1 || o.Throughput < 1 || o.Alone < 1:
 		return o, fmt.Errorf("%w: -repeats, -clients, -scale, -iops, -throughput and -alone begin at 1", backup.ErrUsage)
 	}
@@ -203,5 +205,5 @@ func (o options) measure(ctx context.Context) error {
 	if err := o.sizes(ctx, d); err != nil {
 		return backup.Hint(err, "what was measured is kept; the same command goes on")
 	}
-	return d.Finish(filepath.Join(o.data(), "impact.json"))
+	return d.Finish(o.file())
 }
