@@ -191,12 +191,13 @@ func (f *Flow) Nearest(ctx context.Context, moment time.Time) (backup.ID, error)
 		return "", err
 	}
 	var best backup.ID
+	var latest time.Time
 	for _, e := range entries {
 		if e.Err != nil || e.Complete.ID == "" || e.Manifest.Cut.Achieved == backup.Torn {
 			continue
 		}
-		if _, cut := e.Manifest.Span(); !cut.After(moment) && string(e.ID) > string(best) {
-			best = e.ID
+		if _, cut := e.Manifest.Span(); !cut.After(moment) && cut.After(latest) {
+			best, latest = e.ID, cut
 		}
 	}
 	if best == "" {

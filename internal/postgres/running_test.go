@@ -234,7 +234,7 @@ func TestARunningServerWithoutFsyncOrFullPagesIsRefused(t *testing.T) {
 
 func TestARunningStandbyIsRefused(t *testing.T) {
 	t.Parallel()
-	primary := pgtest.New(t, pgtest.Options{})
+	primary := pgtest.New(t, pgtest.Options{Sync: true})
 	standby := primary.Standby(t, nil)
 	r := inspect(t, standby)
 	if !r.InRecovery || r.Server.Timeline != 1 {
