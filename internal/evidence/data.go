@@ -29,6 +29,7 @@ type Start struct {
 	Machine    Machine    `json:"machine"`
 	Conditions Conditions `json:"conditions"`
 	Tools      []Tool     `json:"tools"`
+	Notes      []string   `json:"notes,omitempty"` // what whoever measured has to say
 }
 
 // Machine is where it ran.

@@ -61,6 +61,9 @@ func (p *page) impact(m Measurement) {
 	p.machine(m.Machine)
 	loads := each(m.Pairs, func(p Pair) float64 { return p.Load })
 	p.line("The machine's load average before each pair, with what the measurement itself had just done, was %s.", spread("%.1f", loads))
+	for _, n := range m.Notes {
+		p.line("%s", n)
+	}
 	p.line("")
 	speed := "as fast as it can"
 	if c.Rate > 0 {
@@ -91,7 +94,7 @@ func (p *page) impact(m Measurement) {
 		p.line("- %s%s: %s", t.Name, version, t.Command)
 	}
 	p.line("- cleancut, group: a provider with a group call is needed. The local one has none, and device mapper, by which a test can play one, is missing in this kernel; the user-mode guest that has it has one processor.")
-	p.line("- cleancut, bracketed: there is no such mode yet.")
+	p.line("- cleancut, bracketed: not one of the tools of this measurement yet; its checkpoint at the start is the one that other tools begin with, unless it is spread.")
 	p.line("")
 }
 
@@ -114,9 +117,9 @@ func (p *page) costs(m Measurement) {
 		with, ofWith, _, _ := low(pairs)
 		volume := func(figure func(w Window) backup.Bytes) string {
 			alone := each(pairs, func(p Pair) float64 { return megabytes(figure(p.Alone)) * p.With.Seconds / p.Alone.Seconds })
-			return fmt.Sprintf("%s (%.0f)", spread("%.0f", each(pairs, func(p Pair) float64 { return megabytes(figure(p.With)) })), Quantile(alone, 0.5))
+			return fmt.Sprintf("%s (%.0f)", spread("%.0f", each(pairs, func(p Pair) float64 { return megabytes(figure(p.With)) })), Median(alone))
 		}
-		p.row(t.Name, "**"+spread("%.3f", each(pairs, Pair.Kept))+"**", spread("%.2f", each(pairs, Pair.Worst)), share(with, ofWith), fmt.Sprintf("%.0f → %s", Quantile(each(pairs, func(p Pair) float64 { return p.Alone.P99MS }), 0.5), spread("%.0f", each(pairs, func(p Pair) float64 { return p.With.P99MS }))),
+		p.row(t.Name, "**"+spread("%.3f", each(pairs, Pair.Kept))+"**", spread("%.2f", each(pairs, Pair.Worst)), share(with, ofWith), fmt.Sprintf("%.0f → %s", Median(each(pairs, func(p Pair) float64 { return p.Alone.P99MS })), spread("%.0f", each(pairs, func(p Pair) float64 { return p.With.P99MS }))),
 			spread("%.0f", each(pairs, func(p Pair) float64 { return p.With.LongestMS })), volume(func(w Window) backup.Bytes { return w.Read }), volume(func(w Window) backup.Bytes { return w.Written }), spread("%.1f", each(pairs, func(p Pair) float64 { return p.Seconds })))
 	}
 	p.row("cleancut, group", "not measured here", "", "", "", "", "", "", "")
@@ -131,7 +134,7 @@ func (p *page) reached(m Measurement) {
 		p.line("cleancut was not measured: nothing is claimed.")
 		return
 	}
-	kept := Quantile(each(pairs, Pair.Kept), 0.5)
+	kept := Median(each(pairs, Pair.Kept))
 	worst := Quantile(each(pairs, Pair.Worst), 0)
 	p.line("**To reach**: cleancut keeps %.2f of the throughput, and no second is below %.1f.", toKeep, noBelow)
 	verdict := "Reached."
@@ -146,7 +149,7 @@ func (p *page) reached(m Measurement) {
 		verdict = "**Not reached**: " + strings.Join(short, "; ") + "."
 	}
 	if dump := m.of("pg_dumpall"); len(dump) > 0 {
-		verdict += fmt.Sprintf(" pg_dumpall keeps %.3f in the same run.", Quantile(each(dump, Pair.Kept), 0.5))
+		verdict += fmt.Sprintf(" pg_dumpall keeps %.3f in the same run.", Median(each(dump, Pair.Kept)))
 	}
 	p.line("%s", verdict)
 	p.why(m, pairs)
@@ -224,5 +227,5 @@ func (p *page) growth(all []Size, aged bool) {
 	slices.SortFunc(sizes, func(a, b Size) int { return int(a.Database>>20) - int(b.Database>>20) })
 	small, large := sizes[0], sizes[len(sizes)-1]
 	p.line("%s volumes: %.1f times the database takes %.2f times as long to back up, and %.2f times as long to the first query (medians).", map[bool]string{false: "Fresh", true: "Aged"}[aged],
-		float64(large.Database)/float64(small.Database), Quantile(large.Backups, 0.5)/Quantile(small.Backups, 0.5), Quantile(large.Restores, 0.5)/Quantile(small.Restores, 0.5))
+		float64(large.Database)/float64(small.Database), Median(large.Backups)/Median(small.Backups), Median(large.Restores)/Median(small.Restores))
 }

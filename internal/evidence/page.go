@@ -140,7 +140,7 @@ func spread(format string, values []float64) string {
 	if len(values) == 0 {
 		return "–"
 	}
-	out := fmt.Sprintf(format, Quantile(values, 0.5))
+	out := fmt.Sprintf(format, Median(values))
 	if len(values) > 1 {
 		out += " (" + fmt.Sprintf(format, Quantile(values, 0)) + " to " + fmt.Sprintf(format, Quantile(values, 1)) + ")"
 	}
