@@ -69,7 +69,7 @@ user-mode Linux guest, which needs neither.`,
 	f := c.Flags()
 	f.Int64Var(&o.Rows, "rows", 100000, "rows of the play database; the default makes about 60 MB")
 	f.StringVar(&o.Provider, "provider", "local", "who owns the volumes: local, or ec2 over a test server with an S3 server beside it")
-	f.StringVar(&mode, "mode", "auto", "auto, group (ec2) or freeze")
+	f.StringVar(&mode, "mode", "auto", "auto, group (ec2), freeze or bracketed")
 	f.DurationVar(&o.Latency, "latency", 0, "ec2: of every call")
 	f.DurationVar(&o.Skew, "skew", 0, "ec2: between the snapshots of calls that are sent at once")
 	f.StringVar(&size, "size", "2G", "size of each of the four volumes")

@@ -26,7 +26,7 @@ type Options struct {
 	Program    string // path of the cleancut program
 	Version    string
 	Provider   string        // local or ec2, the latter over a test server
-	Mode       backup.Mode   // auto, freeze, or group with ec2
+	Mode       backup.Mode   // auto, freeze, bracketed, or group with ec2
 	Latency    time.Duration // of every call to EC2
 	Skew       time.Duration // between the snapshots that EC2 makes of calls sent at once
 	Rows       int64         // of the play database; 0 means what load.Create takes by itself
@@ -159,8 +159,8 @@ func (r Result) Said() []string {
 		other = "or EC2 itself: every call went through the AWS SDK, but to a test server with real block devices behind it"
 	}
 	return []string{
-		"Proven in this run: four volumes striped by md RAID 0 were snapshotted at one instant under load; a host that had only the catalog and the provider assembled them beside the original, PostgreSQL recovered, every acknowledged row was there and nothing uncommitted was, every check of level full passed, and the portable dump restored with the same counts.",
-		"Not proven: anything about another machine, a power loss, other layouts than this one, " + other + "; throwaway clones (step 19) and recovery to a moment after the cut (step 20) are not there yet.",
+		"Proven in this run: four volumes striped by md RAID 0 were snapshotted at one instant under load; a host that had only the catalog and the provider assembled them beside the original, PostgreSQL recovered, every acknowledged row was there and nothing uncommitted was, every check of level full passed, the portable dump restored with the same counts, and a copy recovered with shipped WAL to a moment after the cut held exactly what had been committed by then.",
+		"Not proven: anything about another machine, a power loss, other layouts than this one, " + other + "; throwaway clones (step 19) are not there yet.",
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"slices"
 
 	"cleancut/internal/backup"
 	"cleancut/internal/catalog"
@@ -105,8 +106,8 @@ func checkGround(o Options) error {
 	switch {
 	case o.Provider != "local" && o.Provider != "ec2":
 		return fmt.Errorf("%w: provider %q: local or ec2", backup.ErrUsage, o.Provider)
-	case o.Mode != backup.ModeAuto && o.Mode != backup.ModeFreeze && o.Mode != backup.ModeGroup:
-		return fmt.Errorf("%w: mode %q: auto, group or freeze", backup.ErrUsage, o.Mode)
+	case !slices.Contains([]backup.Mode{backup.ModeAuto, backup.ModeFreeze, backup.ModeGroup, backup.ModeBracketed}, o.Mode):
+		return fmt.Errorf("%w: mode %q: auto, group, freeze or bracketed", backup.ErrUsage, o.Mode)
 	case o.Provider == "local" && o.Mode == backup.ModeGroup:
 		return backup.Hint(fmt.Errorf("%w: the local provider has no group", backup.ErrUsage), "--mode freeze, or --provider ec2")
 	case o.Provider == "local" && (o.Latency != 0 || o.Skew != 0):

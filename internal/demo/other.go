@@ -194,8 +194,10 @@ func (s *story) recovered(ctx context.Context, facts map[string]any) error {
 }
 
 // copyConn connects to the copy through its private socket.
-func (s *story) copyConn(ctx context.Context) (*pgx.Conn, error) {
-	return pgx.Connect(ctx, fmt.Sprintf("host=%s port=%d user=%s dbname=postgres", s.copy.SocketDir, s.copy.Port, s.copy.Superuser))
+func (s *story) copyConn(ctx context.Context) (*pgx.Conn, error) { return connectTo(ctx, s.copy) }
+
+func connectTo(ctx context.Context, c backup.Copy) (*pgx.Conn, error) {
+	return pgx.Connect(ctx, fmt.Sprintf("host=%s port=%d user=%s dbname=postgres", c.SocketDir, c.Port, c.Superuser))
 }
 
 // Step 15.

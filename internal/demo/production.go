@@ -166,6 +166,10 @@ func (s *story) makeCluster(ctx context.Context, facts map[string]any) error {
 	if err := s.server.Start(ctx); err != nil {
 		return err
 	}
+	if err := s.streamWAL(ctx); err != nil {
+		return err
+	}
+	facts["wal_stream_slot"] = walSlot
 	conn, err := s.server.Connect(ctx)
 	if err != nil {
 		return err
@@ -286,7 +290,8 @@ func (s *story) backupBegins(ctx context.Context, facts map[string]any) error {
 		return err
 	}
 	o := flow.BackupOptions{Target: postgres.Target{DSN: s.server.DSN("postgres")}, Mode: s.Mode, Deadline: 60 * time.Second,
-		Quick: 500 * time.Millisecond, Rounds: 100, KeepAway: s.ground.keepAway(),
+		FastCheckpoint: s.Mode == backup.ModeBracketed, // a spread one takes minutes
+		Quick:          500 * time.Millisecond, Rounds: 100, KeepAway: s.ground.keepAway(),
 		BeforeFreeze: func(ctx context.Context) error {
 			close(s.cutReady)
 			select {
@@ -356,18 +361,36 @@ func (s *story) theCut(ctx context.Context, facts map[string]any) error {
 	facts["freeze_ms"], facts["request_spread_ms"], facts["sync_rounds_ms"] = m.Cut.FreezeMS, m.Cut.SpreadMS, m.Cut.SyncRounds
 	facts["longest_stall_of_beater_b_ms"] = s.stall.Length.Milliseconds()
 	facts["flush_lsn"] = m.Cut.FlushLSN
-	if m.Cut.Achieved != backup.Atomic || len(m.Snapshots) != 4 {
+	want := backup.Atomic
+	if s.Mode == backup.ModeBracketed {
+		want = backup.Bracketed
+	}
+	if m.Cut.Achieved != want || len(m.Snapshots) != 4 {
 		return errStep("the cut is %s with %d snapshots", m.Cut.Achieved, len(m.Snapshots))
 	}
 	return s.load.Err()
 }
 
-// Step 12. The bulk load and the churn end here; words and transfers go on
-// while the other host restores.
+// Step 12. In bracketed mode backup mode has ended by now. The bulk load and
+// the churn end here; words and transfers go on while the other host restores.
 func (s *story) markerAfter(ctx context.Context, facts map[string]any) error {
+	if b := s.manifest.Bracket; b != nil {
+		facts["backup_mode"] = map[string]any{"start_lsn": b.StartLSN, "stop_lsn": b.StopLSN, "ended": b.Stopped, "wal_kept": len(b.WAL)}
+	}
 	if err := s.mark(ctx, 3, facts); err != nil {
 		return err
 	}
+	conn, err := s.server.Connect(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(ctx)
+	if err := conn.QueryRow(ctx, "SELECT clock_timestamp()").Scan(&s.moment); err != nil {
+		return err
+	}
+	s.shipped = s.load.PromiseUntil(s.moment, s.moment)
+	s.shipped.Facts, s.shipped.Present = &s.facts, []int{1, 2, 3}
+	facts["moment_for_step_20"] = s.moment.UTC()
 	facts["bulk_rows_uncommitted"] = s.load.Bulk.Rows()
 	return errors.Join(s.load.Bulk.Stop(), s.load.Churn.Stop(), s.load.Err())
 }

@@ -45,7 +45,7 @@ func (s *story) chapters() []chapter {
 		{17, "verify at level full", s.verify},
 		{18, "pg_dumpall from the copy restores, counts agree", s.dump},
 		{19, "two throwaway clones", nil},
-		{20, "shipped WAL applied to a moment after the cut", nil},
+		{20, "shipped WAL applied to a moment after the cut", s.shippedWAL},
 		{21, "production's figures over the whole run", s.figures},
 		{22, "everything removed, nothing left behind", s.removeAll},
 	}
@@ -75,7 +75,9 @@ type story struct {
 	backupRun   chan error
 	cutReady    chan struct{}
 	cutGo       chan struct{}
-	promise     load.Promise
+	promise     load.Promise // at the cut, or in bracketed mode at the end of backup mode
+	moment      time.Time    // after marker 3, by the server's clock
+	shipped     load.Promise // at that moment
 	stall       load.Stall
 
 	host    otherHost

@@ -79,6 +79,10 @@ type Tool struct {
 	Missing string `json:"missing,omitempty"` // why it was not measured
 }
 
+// Bracketed is the key of cleancut's bracketed mode, which older measurements
+// do not have.
+const Bracketed = "cleancut-bracketed"
+
 // Pair is a window of a tool and the window of production alone right before
 // it.
 type Pair struct {

@@ -27,6 +27,11 @@ func (m Measurement) of(tool string) []Pair {
 	return slices.DeleteFunc(slices.Clone(m.Pairs), func(p Pair) bool { return p.Tool != tool })
 }
 
+// has says whether that tool was one of the measurement's.
+func (m Measurement) has(tool string) bool {
+	return slices.ContainsFunc(m.Tools, func(t Tool) bool { return t.Key == tool })
+}
+
 // repeats is how often the tools were measured, in words.
 func (m Measurement) repeats() string {
 	var counts []int
@@ -94,7 +99,9 @@ func (p *page) impact(m Measurement) {
 		p.line("- %s%s: %s", t.Name, version, t.Command)
 	}
 	p.line("- cleancut, group: a provider with a group call is needed. The local one has none, and device mapper, by which a test can play one, is missing in this kernel; the user-mode guest that has it has one processor.")
-	p.line("- cleancut, bracketed: not one of the tools of this measurement yet; its checkpoint at the start is the one that other tools begin with, unless it is spread.")
+	if !m.has(Bracketed) {
+		p.line("- cleancut, bracketed: not one of the tools of this measurement; its checkpoint at the start is the one that other tools begin with, unless it is spread.")
+	}
 	p.line("")
 }
 
@@ -123,7 +130,9 @@ func (p *page) costs(m Measurement) {
 			spread("%.0f", each(pairs, func(p Pair) float64 { return p.With.LongestMS })), volume(func(w Window) backup.Bytes { return w.Read }), volume(func(w Window) backup.Bytes { return w.Written }), spread("%.1f", each(pairs, func(p Pair) float64 { return p.Seconds })))
 	}
 	p.row("cleancut, group", "not measured here", "", "", "", "", "", "", "")
-	p.row("cleancut, bracketed", "not measured", "", "", "", "", "", "", "")
+	if !m.has(Bracketed) {
+		p.row("cleancut, bracketed", "not measured", "", "", "", "", "", "", "")
+	}
 	p.line("")
 }
 

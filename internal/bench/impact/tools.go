@@ -37,7 +37,9 @@ func allTools(ctx context.Context) []tool {
 	}
 	tools := []tool{
 		{evidence.Tool{Key: "cleancut-freeze", Name: "cleancut, freeze", Version: version, Command: "`cleancut backup --mode freeze`, local provider"},
-			nil, prepareCleancut, backupCleancut, true},
+			nil, prepareCleancut, backupCleancut("--mode", "freeze"), true},
+		{evidence.Tool{Key: evidence.Bracketed, Name: "cleancut, bracketed", Version: version, Command: "`cleancut backup --mode bracketed`, local provider, its checkpoint spread"},
+			nil, prepareCleancut, backupCleancut("--mode", "bracketed", "--checkpoint", "spread"), true},
 		{evidence.Tool{Key: "pg_dumpall", Name: "pg_dumpall", Command: "`pg_dumpall | zstd -1 -T2` into a file"},
 			[]string{"zstd"}, nothing, dumpAll, false},
 		{evidence.Tool{Key: "pg_basebackup", Name: "pg_basebackup", Command: "`pg_basebackup -X stream -c fast`, plain, uncompressed"},
@@ -109,13 +111,15 @@ func prepareCleancut(_ context.Context, s *site) (func(context.Context) error, e
 	}, nil
 }
 
-func backupCleancut(ctx context.Context, s *site) (*evidence.Cut, error) {
-	var m backup.Manifest
-	if err := s.answer(ctx, &m, "backup", "--mode", "freeze"); err != nil {
-		return nil, err
+func backupCleancut(args ...string) func(ctx context.Context, s *site) (*evidence.Cut, error) {
+	return func(ctx context.Context, s *site) (*evidence.Cut, error) {
+		var m backup.Manifest
+		if err := s.answer(ctx, &m, append([]string{"backup"}, args...)...); err != nil {
+			return nil, err
+		}
+		s.made = append(s.made, m.ID)
+		return &evidence.Cut{FreezeMS: m.Cut.FreezeMS, Rounds: m.Cut.SyncRounds}, nil
 	}
-	s.made = append(s.made, m.ID)
-	return &evidence.Cut{FreezeMS: m.Cut.FreezeMS, Rounds: m.Cut.SyncRounds}, nil
 }
 
 // folder makes an empty one for what a tool writes.
