@@ -57,7 +57,11 @@ Exit status 4 when damage was found. A check that could not run is named as such
 }
 
 func (a *app) verdictText(v backup.Verdict) {
-	a.line("\nverdict on %s: %s (level %s, %.0f s)", v.Backup, strings.ToUpper(v.Word()), v.Level, v.Seconds)
+	to := ""
+	if v.Target != "" {
+		to = ", recovered to " + v.Target
+	}
+	a.line("\nverdict on %s: %s (level %s%s, %.0f s)", v.Backup, strings.ToUpper(v.Word()), v.Level, to, v.Seconds)
 	a.checksText(v.Checks)
 }
 

@@ -65,6 +65,7 @@ type Check struct {
 type Verdict struct {
 	Backup   ID        `json:"backup"`
 	Level    Level     `json:"level"`
+	Target   string    `json:"target,omitempty"` // of the recovery, as ParseTarget reads it; empty: the end of the backup
 	Tool     string    `json:"tool"`
 	Host     string    `json:"host"`
 	Time     time.Time `json:"time"`

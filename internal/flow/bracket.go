@@ -7,9 +7,11 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"cleancut/internal/backup"
+	"cleancut/internal/catalog"
 	"cleancut/internal/postgres"
 	"cleancut/internal/postgres/replication"
 	"cleancut/internal/wal"
@@ -102,6 +104,25 @@ func (f *Flow) keepWAL(ctx context.Context, m *backup.Manifest, b *backup.Bracke
 		names = append(names, file.String())
 	}
 	return names, nil
+}
+
+// checkKeptWAL refuses a bracketed backup of which WAL is missing in the
+// catalog, before anything is made.
+func (f *Flow) checkKeptWAL(ctx context.Context, m backup.Manifest) error {
+	if m.Bracket == nil {
+		return nil
+	}
+	kept, err := f.Catalog.BackupWAL(m.ID).List(ctx)
+	if err != nil {
+		return err
+	}
+	for _, name := range m.Bracket.WAL {
+		if !slices.ContainsFunc(kept, func(w catalog.StoredWAL) bool { return w.File.String() == name }) {
+			return backup.Hint(fmt.Errorf("backup %s was taken in backup mode, and %s of the WAL that was kept with it is not in the catalog: %w", m.ID, name, backup.ErrIncomplete),
+				"without it the image is not consistent and is not started; `catalog rebuild` cannot bring it back. Take another backup: see `cleancut list`")
+		}
+	}
+	return nil
 }
 
 // segment opens a file of the WAL that lies with a bracketed backup. What is

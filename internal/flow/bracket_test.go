@@ -64,6 +64,12 @@ func TestFilesystemsCutSecondsApartAreSoundWhenBracketed(t *testing.T) {
 	if _, _, err := p.other.Restore(t.Context(), flow.RestoreOptions{ID: m.ID, Purpose: backup.ForVerify}); !errors.Is(err, backup.ErrDamage) || errors.Is(err, backup.ErrLeft) {
 		t.Errorf("with a segment cut short: got %v, want damage and nothing left", err)
 	}
+	if err := os.Remove(last); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := p.other.Restore(t.Context(), flow.RestoreOptions{ID: m.ID, Purpose: backup.ForVerify}); !errors.Is(err, backup.ErrIncomplete) || !strings.Contains(err.Error(), b.WAL[len(b.WAL)-1]) {
+		t.Errorf("with a segment gone: got %v, want its name and that the backup is incomplete", err)
+	}
 	if err := p.flow.DeleteLast(t.Context(), m.ID); err != nil {
 		t.Fatal(err)
 	}

@@ -54,6 +54,9 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	if err != nil {
 		return r, nil, err
 	}
+	if err := f.checkKeptWAL(ctx, m); err != nil {
+		return r, nil, err
+	}
 	copyID := backup.NewID(time.Now())
 	beyond, err := f.planRecovery(ctx, m, o.Recovery, inst, copyID)
 	if err != nil {
@@ -192,6 +195,9 @@ func (f *Flow) Verify(ctx context.Context, o VerifyOptions) (v backup.Verdict, e
 		}
 	}
 	v.Tool, v.Host, v.Seconds = f.Tool, f.Host, time.Since(start).Seconds()
+	if o.Target.Kind != "" && o.Target.Kind != backup.TargetEnd {
+		v.Target = o.Target.String()
+	}
 	if err := f.Catalog.PutVerdict(ctx, v); err != nil {
 		return v, err
 	}
