@@ -140,8 +140,37 @@ const segments = 24
 
 var elapsed = regexp.MustCompile(`redo done at .* elapsed: ([0-9.]+) s`)
 
+// backRest prepares runs of pgBackRest as the server's user on a stanza of the
+// server's; nil where it is not installed.
+func (a *archived) backRest(b *testing.B) func(args ...string) *exec.Cmd {
+	b.Helper()
+	program, err := exec.LookPath("pgbackrest")
+	if err != nil {
+		b.Log("pgBackRest is not installed: `scripts/install-deps --peers`")
+		return nil
+	}
+	dir := pgtest.Mkdir(b, filepath.Join(a.dir, "pgbackrest"))
+	conf := filepath.Join(dir, "pgbackrest.conf")
+	text := fmt.Sprintf("[global]\nrepo1-path=%[1]s/repo\nlog-path=%[1]s\nlock-path=%[1]s/lock\nspool-path=%[1]s/spool\nlog-level-console=error\nlog-level-file=off\ncompress-type=zst\n"+
+		"[main]\npg1-path=%[2]s\npg1-socket-path=%[3]s\npg1-port=%[4]d\npg1-user=postgres\n", dir, a.server.DataDirectory, a.server.SocketDir, a.server.Port)
+	if err := os.WriteFile(conf, []byte(text), 0o644); err != nil {
+		b.Fatal(err)
+	}
+	run := func(args ...string) *exec.Cmd {
+		cmd := exec.CommandContext(b.Context(), program, append([]string{"--config=" + conf, "--stanza=main"}, args...)...)
+		cmd.Dir, cmd.Env = dir, []string{"PATH=/usr/bin:/bin"}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: a.server.UID, Gid: a.server.GID}}
+		return cmd
+	}
+	if out, err := run("stanza-create").CombinedOutput(); err != nil {
+		b.Fatalf("pgbackrest stanza-create: %v\n%s", err, out)
+	}
+	return run
+}
+
 // measureReplay makes WAL of many small changes, pushes and fetches it one by
-// one, in turn with cp, and recovers a base backup by wal fetch and by cp.
+// one, in turn with cp and pgBackRest, and recovers a base backup by wal fetch
+// and by cp.
 func (a *archived) measureReplay(b *testing.B) {
 	b.Helper()
 	base := filepath.Join(a.dir, "base")
@@ -166,7 +195,8 @@ func (a *archived) measureReplay(b *testing.B) {
 		return ms(time.Since(began))
 	}
 	cp := func(from, to string) *exec.Cmd { return exec.CommandContext(b.Context(), "cp", from, to) }
-	var push, fetch, copied figures
+	var push, fetch, copied, theirPush, theirFetch figures
+	theirs := a.backRest(b)
 	for _, path := range all {
 		name := filepath.Base(path)
 		if name >= current { // not written yet
@@ -175,6 +205,10 @@ func (a *archived) measureReplay(b *testing.B) {
 		push = append(push, timed(a.wal(b, "push", path)))
 		copied = append(copied, timed(cp(path, filepath.Join(plain, name))))
 		fetch = append(fetch, timed(a.wal(b, "fetch", "--prefetch=false", name, filepath.Join(a.dir, "fetched"))))
+		if theirs != nil {
+			theirPush = append(theirPush, timed(theirs("archive-push", path)))
+			theirFetch = append(theirFetch, timed(theirs("archive-get", name, filepath.Join(a.dir, "pgbackrest", "fetched"))))
+		}
 	}
 	for _, dir := range []string{a.catalog, plain} {
 		if out, err := exec.CommandContext(b.Context(), "chown", "-R", fmt.Sprintf("%d:%d", a.server.UID, a.server.GID), dir).CombinedOutput(); err != nil {
@@ -186,6 +220,10 @@ func (a *archived) measureReplay(b *testing.B) {
 	b.ReportMetric(push.p50(), "push-p50-ms")
 	b.ReportMetric(fetch.p50(), "fetch-p50-ms")
 	b.ReportMetric(copied.p50(), "cp-p50-ms")
+	if theirs != nil {
+		b.ReportMetric(theirPush.p50(), "pgbackrest-push-p50-ms")
+		b.ReportMetric(theirFetch.p50(), "pgbackrest-get-p50-ms")
+	}
 	b.ReportMetric(byCopy/byFetch, "replay-speed-to-cp")
 	b.Logf("%d segments; replay by wal fetch %.2f s, by cp %.2f s", len(push), byFetch, byCopy)
 	for _, left := range []string{base, plain} {
