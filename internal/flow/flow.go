@@ -70,6 +70,7 @@ type BackupOptions struct {
 	Quick    time.Duration
 	Rounds   int
 	Skew     time.Duration // drill only, with ModeNone, ModeFreeze or ModeBracketed
+	Backward bool          // drill only, with Skew: the last member or filesystem is cut first
 	// FastCheckpoint lets backup mode begin at once, by a checkpoint that takes
 	// all the I/O it can get; without it the checkpoint is spread. Only ModeBracketed.
 	FastCheckpoint bool
@@ -147,7 +148,7 @@ func (f *Flow) Backup(ctx context.Context, o BackupOptions) (m backup.Manifest, 
 	}
 	take := func() error {
 		f.tell("cut", fmt.Sprintf("%d volumes, %d filesystems", len(topology.Members()), len(topology.Filesystems)))
-		res, err := cut.Run(ctx, f.Provider, cut.Options{ID: m.ID, Cluster: f.Cluster, Topology: topology, Mode: o.Mode, Skew: o.Skew, Deadline: o.Deadline,
+		res, err := cut.Run(ctx, f.Provider, cut.Options{ID: m.ID, Cluster: f.Cluster, Topology: topology, Mode: o.Mode, Skew: o.Skew, Backward: o.Backward, Deadline: o.Deadline,
 			Quick: o.Quick, Rounds: o.Rounds, Watchdog: f.Watchdog, BeforeFreeze: o.BeforeFreeze,
 			FlushedLSN: func(ctx context.Context) (backup.LSN, error) { return postgres.FlushedRecordEnd(ctx, conn) }})
 		m.Cut, m.Snapshots = res.Cut, res.Snapshots
