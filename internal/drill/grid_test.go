@@ -14,7 +14,7 @@ import (
 
 func grid() drill.Grid {
 	return drill.Grid{Modes: []backup.Mode{"freeze", "none"}, Skews: []time.Duration{0, 5 * time.Second}, Orders: []string{"forward"}, Volumes: []int{4}, Chunks: []backup.Bytes{64 << 10, 1 << 20},
-		Layouts: []string{"raid0", "separate"}, Filesystems: []string{"xfs"}, Loads: []string{"heavy"}, Checkpoints: []string{"none"}}
+		Layouts: []string{"raid0", "separate"}, Filesystems: []string{"xfs"}, Loads: []string{"heavy"}, Checkpoints: []string{"none"}, Recoveries: []string{"crash"}}
 }
 
 func everywhere([]string) (where, why string) { return "native", "" }

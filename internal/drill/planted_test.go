@@ -149,7 +149,7 @@ func (s *subject) judged(t *testing.T, i image, volume string, plant func(file s
 		plant(file)
 	}
 	start := time.Now()
-	v, found, err := drill.JudgeImage(t.Context(), s.b, i.manifest.ID, &i.promise)
+	v, found, err := drill.JudgeImage(t.Context(), s.b, i.manifest.ID, drill.Way{Recovery: drill.Crash, Promise: &i.promise})
 	if err != nil {
 		t.Fatalf("not judged: %v", err)
 	}

@@ -141,7 +141,7 @@ func (o Options) arguments() []string {
 		"--skew", list(len(g.Skews), func(i int) string { return g.Skews[i].String() }),
 		"--order", strings.Join(g.Orders, ","), "--volumes", list(len(g.Volumes), func(i int) string { return strconv.Itoa(g.Volumes[i]) }),
 		"--chunk", list(len(g.Chunks), func(i int) string { return strconv.FormatInt(int64(g.Chunks[i]), 10) }),
-		"--fs", strings.Join(g.Filesystems, ","), "--load", strings.Join(g.Loads, ","), "--checkpoint", strings.Join(g.Checkpoints, ","),
+		"--fs", strings.Join(g.Filesystems, ","), "--load", strings.Join(g.Loads, ","), "--checkpoint", strings.Join(g.Checkpoints, ","), "--recovery", strings.Join(g.Recoveries, ","),
 		"--trials", strconv.Itoa(o.Trials), "--seed", strconv.FormatInt(o.Seed, 10), "--out", o.Out, "--keep", o.Keep,
 		"--rows", strconv.FormatInt(o.Rows, 10), "--size", strconv.FormatInt(int64(o.VolumeSize), 10),
 	}
