@@ -35,6 +35,7 @@ type subject struct {
 	a, b   *flow.Flow
 	server *pgtest.Server
 	facts  load.Facts
+	kept   load.Promise // of loads that are over
 }
 
 // image is a cut with its promise.
