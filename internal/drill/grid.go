@@ -106,7 +106,10 @@ func (c Cell) ground() Cell {
 // Conditions is the cell in words.
 func (c Cell) Conditions() string {
 	words := []string{string(c.Mode), c.Skew().String() + " apart"}
-	if c.SkewMS == 0 {
+	switch {
+	case c.SkewMS == 0 && c.inTurn():
+		words[1] = "one right after the other"
+	case c.SkewMS == 0:
 		words[1] = "all at once"
 	}
 	if c.Order != "" {
@@ -138,8 +141,11 @@ func (c Cell) Ground() string {
 // so damage in it is a bug. It does not for the images of a bracketed backup of
 // several filesystems alone.
 func (c Cell) Protected() bool {
-	return c.Mode != backup.ModeNone && (c.Mode != backup.ModeBracketed || c.Recovery != Crash || c.Layout != "separate")
+	return c.Mode != backup.ModeNone && (c.Recovery != Crash || !c.inTurn())
 }
+
+// inTurn: each filesystem is cut at an instant of its own.
+func (c Cell) inTurn() bool { return c.Mode == backup.ModeBracketed && c.Layout == "separate" }
 
 // What of a kernel some cells need, beside loop devices and root.
 const (
@@ -218,7 +224,7 @@ func (g Grid) Cells(where func(needs []string) (place, why string)) (cells []Cel
 		if known && !l.chunks {
 			c.Chunk = 0
 		}
-		if c.Mode == backup.ModeGroup || c.Mode == backup.ModeBracketed && c.Layout != "separate" { // one call; one filesystem
+		if c.Mode == backup.ModeGroup || c.Mode == backup.ModeBracketed && !c.inTurn() { // one call; one filesystem
 			c.SkewMS = 0
 		}
 		if c.SkewMS == 0 || c.Order == Forward {

@@ -96,6 +96,9 @@ func (s CellSummary) Sentence() string {
 		}
 	}
 	when := "with all " + members + " at once"
+	if s.inTurn() {
+		when = "with one filesystem right after the other"
+	}
 	if s.SkewMS > 0 {
 		when = "with " + s.Skew().String() + " between " + members
 		if s.Order != "" {
