@@ -97,7 +97,13 @@ func (p *production) end(ctx context.Context) error {
 // makeHosts makes the hosts of this run alone, with a catalog that goes with it.
 func (p *production) makeHosts() (err error) {
 	dir := filepath.Join(p.work, "run")
-	p.later(func(context.Context) error { return os.RemoveAll(dir) })
+	p.later(func(context.Context) error {
+		left, err := lab.Left(dir)
+		if err != nil || len(left) > 0 { // which atSite tells; never remove through a mount
+			return err
+		}
+		return os.RemoveAll(dir)
+	})
 	p.hosts, err = p.site.hosts(dir)
 	return err
 }

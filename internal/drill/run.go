@@ -99,6 +99,10 @@ func (o Options) repeat(ctx context.Context, st *store, batches []batch) error {
 	return errors.Join(o.inGuest(ctx, guest), st.read())
 }
 
+// walRoom is for the WAL that production runs ship, beside the pool; the file
+// behind it is sparse.
+const walRoom = 4 << 30
+
 // inGuest runs the same command as root of a guest that shares the output
 // folder. A guest that hangs is begun once more: what it judged is kept.
 func (o Options) inGuest(ctx context.Context, batches []batch) error {
@@ -110,7 +114,7 @@ func (o Options) inGuest(ctx context.Context, batches []batch) error {
 	}
 	args := append([]string{o.Program, "drill", "--here", "--layout", strings.Join(layouts, ",")}, o.arguments()...)
 	for again := true; ; again = false {
-		code, err := uml.Guest{Args: args, Scratch: int64(poolSize(o)), Share: []string{o.Out}, Stdout: o.Progress, Stderr: o.Progress, Timeout: 24 * time.Hour}.Run(ctx)
+		code, err := uml.Guest{Args: args, Scratch: int64(poolSize(o) + walRoom), Share: []string{o.Out}, Stdout: o.Progress, Stderr: o.Progress, Timeout: 24 * time.Hour}.Run(ctx)
 		if errors.Is(err, uml.ErrHung) && again {
 			fmt.Fprintf(o.Progress, "the guest hung and is begun again: %v\n", err)
 			continue
