@@ -110,6 +110,12 @@ func TestADrillThatIsStoppedGoesOnWhereItWas(t *testing.T) {
 			t.Errorf("%s: the last member was cut %v after the first", trial.Conditions(), skew)
 		}
 	}
+	for i := 0; i < len(all); i += 2 {
+		crash, archive := all[i], all[i+1]
+		if crash.Backup != archive.Backup || archive.Recovery != drill.Archive || archive.Found.Words.Acked < crash.Found.Words.Acked+50 {
+			t.Errorf("%d words promised after crash recovery and %d after archive recovery, want at least 50 of after the cut", crash.Found.Words.Acked, archive.Found.Words.Acked)
+		}
+	}
 	judgedAgain(t, o, all[:2])
 	reported(t, o, want)
 	began := time.Now()
