@@ -26,8 +26,14 @@ func (a *app) drillCommand() *cobra.Command {
 		Use: "drill", GroupID: "look", Args: exactly(0, ""),
 		Short: "Repeat the experiment: cut under chosen conditions many times, judge every image, count the damage",
 		Long: `Repeat the experiment: put a PostgreSQL of its own under load, cut its volumes
-in every way of the grid, restore each image on its own and judge it. Flags
-that take lists are combined, each value with each of all others.
+in every way of the grid, restore each image and judge it. Flags that take
+lists are combined, each value with each of all others.
+
+Each image is recovered in the ways of --recovery. crash: on the image alone,
+as after a power failure; of a bracketed cut too, whose label and WAL are then
+left aside, which shows what they are for. archive: a bracketed cut by its
+label and the WAL kept with it, any other by WAL shipped into a catalog, to a
+moment shortly after the cut.
 
 An image is one of: sound; lost (acknowledged commits are missing); phantom
 (rows never committed, never sent, or half of a transaction); silent (the
@@ -46,7 +52,8 @@ mapper), else in a user-mode Linux guest. With --provider ec2 the volumes are
 those of an EC2 test server, reached through the AWS SDK, which also cuts
 groups: one call, so no skew. A cell of the grid that cannot be done is named,
 and nothing is begun. Only mode none makes torn sets; no other command restores
-them. The exit code is 4 if any cut that was held is damaged.`,
+them. The exit code is 4 if any cut that was held is damaged; of a bracketed
+one only its archive recovery counts.`,
 		Example: "  cleancut drill --mode freeze,none --skew 0,5s --load heavy --trials 3",
 		RunE: func(c *cobra.Command, _ []string) (err error) {
 			if o.Grid, err = lists.grid(); err != nil {
@@ -112,17 +119,19 @@ func (a *app) judgeKept(ctx context.Context, o drill.Options, dir string) error 
 		return err
 	}
 	return a.print(j, func() {
-		a.line("\n%s: %s", j.Backup, cmp.Or(string(j.Class), "not judged"))
-		if j.Reason != "" {
-			a.line("  %s", j.Reason)
+		for _, one := range j.Judgements {
+			a.line("\n%s, %s recovery: %s", j.Backup, one.Recovery, cmp.Or(string(one.Class), "not judged"))
+			if one.Reason != "" {
+				a.line("  %s", one.Reason)
+			}
+			a.checksText(one.Checks)
 		}
-		a.checksText(j.Checks)
 	})
 }
 
 // gridFlags are the flags that take lists.
 type gridFlags struct {
-	mode, skew, order, volumes, chunk, layout, fs, load, checkpoint []string
+	mode, skew, order, volumes, chunk, layout, fs, load, checkpoint, recovery []string
 }
 
 // flagSet is the part of cobra's flags that define needs.
@@ -137,13 +146,14 @@ func (g *gridFlags) define(f flagSet) {
 	}{
 		{&g.mode, "mode", "freeze,none", "ways to cut: freeze, group (needs --provider ec2), bracketed (each filesystem by itself, in backup mode), none (nothing is held)"},
 		{&g.skew, "skew", "0,5s", "time between members, from the answer for one to the request for the next"},
-		{&g.order, "order", "forward", "of the members, with a skew: forward (data, WAL, tablespaces, or the slots), backward"},
+		{&g.order, "order", "forward", "of the members, with a skew: forward (data, WAL, tablespaces, or the slots; bracketed: data, tablespaces, WAL), backward"},
 		{&g.volumes, "volumes", "4", "numbers of volumes"},
 		{&g.chunk, "chunk", "64K", "chunk sizes of a stripe, 4K to 1M"},
 		{&g.layout, "layout", "raid0", "raid0, linear, lvm, lvm-striped; separate: data, WAL and tablespaces on volumes of their own"},
 		{&g.fs, "fs", "xfs", "filesystems: xfs, ext4"},
 		{&g.load, "load", "heavy", "light, heavy or metadata"},
 		{&g.checkpoint, "checkpoint", "none", "before: one ends right before each cut; none"},
+		{&g.recovery, "recovery", "crash,archive", "ways to recover each image: crash (the image alone), archive (with the WAL kept with a bracketed one, or shipped)"},
 	} {
 		f.StringSliceVar(l.into, l.name, strings.Split(l.value, ","), l.text)
 	}
@@ -151,7 +161,7 @@ func (g *gridFlags) define(f flagSet) {
 
 // grid reads the lists.
 func (g *gridFlags) grid() (out drill.Grid, err error) {
-	out = drill.Grid{Orders: g.order, Layouts: g.layout, Filesystems: g.fs, Loads: g.load, Checkpoints: g.checkpoint}
+	out = drill.Grid{Orders: g.order, Layouts: g.layout, Filesystems: g.fs, Loads: g.load, Checkpoints: g.checkpoint, Recoveries: g.recovery}
 	for _, m := range g.mode {
 		out.Modes = append(out.Modes, backup.Mode(m))
 	}
@@ -180,7 +190,7 @@ func (g *gridFlags) grid() (out drill.Grid, err error) {
 }
 
 func (a *app) drillText(s drill.Summary) {
-	rows := [][]string{{"MODE", "SKEW", "CONDITIONS", "TRIALS"}}
+	rows := [][]string{{"MODE", "SKEW", "RECOVERY", "CONDITIONS", "TRIALS"}}
 	for _, c := range drill.Classes() {
 		rows[0] = append(rows[0], strings.ToUpper(string(c)))
 	}
@@ -193,7 +203,7 @@ func (a *app) drillText(s drill.Summary) {
 		if c.Checkpoint == drill.CheckpointBefore {
 			conditions += ", checkpoint before"
 		}
-		row := []string{string(c.Mode), c.Skew().String(), conditions, strconv.Itoa(c.Trials)}
+		row := []string{string(c.Mode), c.Skew().String(), c.Recovery, conditions, strconv.Itoa(c.Trials)}
 		for _, class := range drill.Classes() {
 			row = append(row, strconv.Itoa(c.Count(class)))
 		}

@@ -16,30 +16,34 @@ func TestTheStandingDrillSaysWhichOfTheTwoWentWrong(t *testing.T) {
 	}
 	const sound, damaged, unjudged = `"sound":1,"damaged":0`, `"sound":0,"damaged":1`, `"sound":0,"damaged":0`
 	for _, c := range []struct {
-		name           string
-		frozen, skewed string
-		torn           string // $n is how often the program was called
-		status         string
-		good           bool
-		says           string
-		calls          int
-		kept           bool
+		name                            string
+		frozen, skewed, crash, archived string // the cells of freeze, and those of bracketed
+		torn                            string // $n is how often the program was called
+		status                          string
+		good                            bool
+		says                            string
+		calls                           int
+		kept                            bool
 	}{
-		{"frozen sound, torn damaged", sound, sound, damaged, "0", true, "", 1, false},
-		{"a frozen cut is damaged", sound, damaged, damaged, "4", false, "a frozen cut was damaged, 5000 ms between members", 1, true},
-		{"a frozen cut could not be judged", unjudged, sound, damaged, "0", false, "could not be judged, 0 ms", 1, true},
-		{"torn cuts are never damaged", sound, sound, sound, "0", false, "the drill does not see damage", 4, true},
-		{"a torn cut is damaged at the third trial", sound, sound, `"sound":2,"damaged":$((n > 2))`, "0", true, "", 3, false},
-		{"the drill does not run", sound, sound, damaged, "2", false, "failed with status 2", 1, true},
+		{"held ones sound, others damaged", sound, sound, damaged, sound, damaged, "0", true, "", 1, false},
+		{"a frozen cut is damaged", sound, damaged, damaged, sound, damaged, "4", false, "a held cut was damaged (freeze, 5000 ms apart, crash recovery)", 1, true},
+		{"a bracketed cut is damaged", sound, sound, damaged, damaged, damaged, "4", false, "a held cut was damaged (bracketed, 5000 ms apart, archive recovery)", 1, true},
+		{"a frozen cut could not be judged", unjudged, sound, damaged, sound, damaged, "0", false, "could not be judged (freeze, 0 ms", 1, true},
+		{"torn cuts are never damaged", sound, sound, damaged, sound, sound, "0", false, "cuts of mode none was found damaged", 4, true},
+		{"images of bracketed cuts are never damaged", sound, sound, sound, sound, damaged, "0", false, "cuts of mode bracketed was found damaged", 4, true},
+		{"a torn cut is damaged at the third trial", sound, sound, damaged, sound, `"sound":2,"damaged":$((n > 2))`, "0", true, "", 3, false},
+		{"the drill does not run", sound, sound, damaged, sound, damaged, "2", false, "failed with status 2", 1, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			dir := t.TempDir()
 			program := filepath.Join(dir, "cleancut")
-			cell := func(mode, skew, counts string) string {
-				return `{\"mode\":\"` + mode + `\",\"skew_ms\":` + skew + `,\"trials\":1,` + strings.ReplaceAll(counts, `"`, `\"`) + `,\"said\":\"said\"}`
+			cell := func(mode, skew, recovery, counts string) string {
+				return `{\"mode\":\"` + mode + `\",\"recovery\":\"` + recovery + `\",\"skew_ms\":` + skew + `,\"trials\":1,` + strings.ReplaceAll(counts, `"`, `\"`) + `,\"said\":\"said\"}`
 			}
 			text := "#!/bin/bash\necho x >>" + dir + "/calls\nn=$(wc -l <" + dir + "/calls)\necho \"{\\\"cells\\\":[" +
-				strings.Join([]string{cell("freeze", "0", c.frozen), cell("freeze", "5000", c.skewed), cell("none", "0", sound), cell("none", "5000", c.torn)}, ",") + "]}\"\nexit " + c.status + "\n"
+				strings.Join([]string{cell("freeze", "0", "crash", c.frozen), cell("freeze", "0", "archive", sound), cell("freeze", "5000", "crash", c.skewed), cell("freeze", "5000", "archive", sound),
+					cell("bracketed", "0", "crash", sound), cell("bracketed", "0", "archive", sound), cell("bracketed", "5000", "crash", c.crash), cell("bracketed", "5000", "archive", c.archived),
+					cell("none", "0", "crash", sound), cell("none", "5000", "crash", c.torn), cell("none", "5000", "archive", damaged)}, ",") + "]}\"\nexit " + c.status + "\n"
 			if err := os.WriteFile(program, []byte(text), 0o755); err != nil {
 				t.Fatal(err)
 			}

@@ -2,7 +2,6 @@ package drill
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -21,7 +20,6 @@ import (
 	"cleancut/internal/flow"
 	"cleancut/internal/host"
 	"cleancut/internal/lab"
-	"cleancut/internal/load"
 	"cleancut/internal/provider"
 	"cleancut/internal/provider/local"
 	"cleancut/internal/state"
@@ -58,16 +56,19 @@ const (
 	judgeTime = 15 * time.Minute
 )
 
-// site is what all production runs of a process share: a pool, a catalog, a
-// host that makes backups and one that judges them.
+// site is what all production runs of a process share: a pool, and a provider
+// for each of two hosts.
 type site struct {
 	Options
-	store *store
-	work  string
-	pool  string
-	cloud *cloud     // with the provider ec2
-	a, b  *flow.Flow // production's host, and the one that judges
+	store  *store
+	work   string
+	pool   string
+	cloud  *cloud            // with the provider ec2
+	pa, pb provider.Provider // of the host that makes backups, and of the one that judges them
 }
+
+// hosts are both hosts with a catalog of their own.
+type hosts struct{ a, b *flow.Flow }
 
 func (s *site) tell(format string, args ...any) {
 	fmt.Fprintf(s.Progress, "%s  %s\n", time.Now().UTC().Format("15:04:05"), fmt.Sprintf(format, args...))
@@ -78,7 +79,7 @@ func (s *site) tell(format string, args ...any) {
 func here(ctx context.Context, o Options, st *store, batches []batch) error {
 	return atSite(ctx, o, st, poolSize(o), func(s *site) error {
 		for i, b := range batches {
-			s.tell("production run %d of %d: %s, trial %d, %d cuts", i+1, len(batches), b.ground.Ground(), b.n, len(b.cells))
+			s.tell("production run %d of %d: %s, trial %d, %d cuts", i+1, len(batches), b.ground.Ground(), b.n, len(b.cuts))
 			if err := s.run(ctx, b); err != nil {
 				return err
 			}
@@ -132,21 +133,25 @@ func (s *site) open(ctx context.Context) error {
 	if err := local.Init(ctx, s.pool); err != nil {
 		return err
 	}
-	a, b, err := s.providers(ctx)
-	if err != nil {
-		return err
-	}
-	shared := catalog.New(catalog.NewDir(filepath.Join(s.work, "catalog")), "drill")
-	host := func(name string, p provider.Provider) (*flow.Flow, error) {
-		st, err := state.Open(filepath.Join(s.work, name))
-		return &flow.Flow{Provider: p, Catalog: shared, State: st, Cluster: "drill", Host: name, Tool: s.Version,
-			Watchdog: []string{s.Program, "watchdog"}, Log: s.Log}, err
-	}
-	if s.a, err = host("a", a); err != nil {
-		return err
-	}
-	s.b, err = host("b", b)
+	var err error
+	s.pa, s.pb, err = s.providers(ctx)
 	return err
+}
+
+// hosts makes both with all they write below dir, which is made: each
+// production run ships WAL of the same cluster.
+func (s *site) hosts(dir string) (h hosts, err error) {
+	shared := catalog.New(catalog.NewDir(filepath.Join(dir, "catalog")), "drill")
+	host := func(name string, p provider.Provider) (*flow.Flow, error) {
+		st, err := state.Open(filepath.Join(dir, name))
+		return &flow.Flow{Provider: p, Catalog: shared, State: st, Cluster: "drill", Host: name, Tool: s.Version,
+			Watchdog: []string{s.Program, "watchdog"}, Program: s.Program, Log: s.Log}, err
+	}
+	if h.a, err = host("a", s.pa); err != nil {
+		return h, err
+	}
+	h.b, err = host("b", s.pb)
+	return h, err
 }
 
 // providers are production's and the judging host's.
@@ -178,6 +183,7 @@ func (s *site) run(ctx context.Context, b batch) (err error) {
 	defer func() { err = errors.Join(err, p.end(ctx)) }()
 	shots, shootErr := p.shoot(ctx)
 	_, loadErr := p.load.Stop()
+	shipErr := p.shipped(ctx)
 	id := backup.NewID(p.began)
 	if len(shots) > 0 {
 		if err := s.store.addRun(p.line(string(id), shots)); err != nil {
@@ -185,9 +191,13 @@ func (s *site) run(ctx context.Context, b batch) (err error) {
 		}
 	}
 	for _, shot := range shots {
-		t := s.judge(ctx, shot)
-		t.Seed, t.N, t.Run = s.Seed, b.n, string(id)
-		err := s.finish(ctx, &t, shot.promise)
+		var trials []Trial
+		for _, w := range shot.ways {
+			t := p.judge(ctx, shot, w)
+			t.Seed, t.N, t.Run = s.Seed, b.n, string(id)
+			trials = append(trials, t)
+		}
+		err := p.finish(ctx, shot, trials)
 		if ctx.Err() != nil {
 			return errors.Join(ctx.Err(), err)
 		}
@@ -195,7 +205,7 @@ func (s *site) run(ctx context.Context, b batch) (err error) {
 			return err
 		}
 	}
-	return errors.Join(shootErr, loadErr)
+	return errors.Join(shootErr, loadErr, shipErr)
 }
 
 // line is what is kept of the run itself.
@@ -219,9 +229,11 @@ func machine(version string) Machine {
 	return m
 }
 
-// judge looks at one image alone: the snapshots, the manifest, and the promise.
-func (s *site) judge(ctx context.Context, shot shot) Trial {
-	t := Trial{Cell: shot.cell, At: shot.at, StallMS: float64(shot.stall.Microseconds()) / 1000}
+// judge looks at one image in one way: at the snapshots, the manifest, the WAL
+// if the way has it, and the promise.
+func (p *production) judge(ctx context.Context, shot shot, w Way) Trial {
+	t := Trial{Cell: shot.cell, Target: w.Target, At: shot.at, StallMS: float64(shot.stall.Microseconds()) / 1000}
+	t.Recovery = w.Recovery
 	if shot.err != nil {
 		t.Reason = shot.err.Error()
 		return t
@@ -233,8 +245,8 @@ func (s *site) judge(ctx context.Context, shot shot) Trial {
 	ctx, cancel := context.WithTimeout(ctx, judgeTime)
 	defer cancel()
 	start := time.Now()
-	v, found, err := JudgeImage(ctx, s.b, shot.manifest.ID, &shot.promise)
-	t.Seconds, t.Checks, t.Found, t.Recovery = time.Since(start).Seconds(), v.Checks, found, v.FirstSec
+	v, found, err := JudgeImage(ctx, p.b, shot.manifest.ID, w)
+	t.Seconds, t.Checks, t.Found, t.Answered = time.Since(start).Seconds(), v.Checks, found, v.FirstSec
 	if err != nil {
 		t.Reason = err.Error()
 		return t
@@ -243,59 +255,36 @@ func (s *site) judge(ctx context.Context, shot shot) Trial {
 	return t
 }
 
-// JudgeImage restores a backup into a throwaway copy, compares its rows with
-// the promise (nil: does not) and runs every check of level full. Damage is in
-// the result; the error is for what kept it from being judged.
-func JudgeImage(ctx context.Context, f *flow.Flow, id backup.ID, promise *load.Promise) (v backup.Verdict, found *load.Finding, err error) {
-	v, err = f.Verify(ctx, flow.VerifyOptions{ID: id, Level: backup.LevelFull, AllowTorn: true,
-		Look: func(ctx context.Context, r flow.Restored) error {
-			if promise == nil {
-				return nil
-			}
-			conn, err := r.Instance.Connect(ctx, "postgres")
-			if err != nil {
-				return err
-			}
-			defer conn.Close(context.WithoutCancel(ctx))
-			f, err := load.Judge(ctx, conn, *promise)
-			if err != nil {
-				return err
-			}
-			found = &f
-			if problems := f.Problems(); len(problems) > 0 {
-				return errors.New(strings.Join(problems, "; "))
-			}
-			return nil
-		}})
-	if err != nil && (!errors.Is(err, backup.ErrDamage) || errors.Is(err, backup.ErrLeft) || ctx.Err() != nil) {
-		return v, found, err
-	}
-	return v, found, nil
-}
-
 // finish keeps the image set if that is wanted, removes it from the pool, and
-// writes the line, in this order: a line says where its images are. A trial
-// that was interrupted leaves no line.
-func (s *site) finish(ctx context.Context, t *Trial, promise load.Promise) error {
+// writes the lines of its trials, in this order: a line says where its images
+// are. An image whose judgement was interrupted leaves no line.
+func (p *production) finish(ctx context.Context, shot shot, trials []Trial) error {
 	interrupted := ctx.Err() != nil
+	id := shot.manifest.ID
+	var kept string
 	var err error
-	if !interrupted && t.Backup != "" && (s.Keep == KeepAll || s.Keep == KeepDamaged && t.Class != Sound) {
-		t.Kept, err = s.keep(ctx, *t, promise)
-	}
-	if t.Backup != "" {
+	if shot.err == nil {
+		damaged := slices.ContainsFunc(trials, func(t Trial) bool { return t.Class != Sound })
+		if !interrupted && (p.Keep == KeepAll || p.Keep == KeepDamaged && damaged) {
+			kept, err = p.keep(ctx, shot)
+		}
 		undoing, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
 		defer cancel()
-		err = errors.Join(err, s.a.DeleteLast(undoing, t.Backup))
+		err = errors.Join(err, p.a.DeleteLast(undoing, id))
 	}
 	if interrupted {
 		return err
 	}
-	word := string(t.Class)
-	if t.Class == "" {
-		word = "NOT JUDGED"
+	for _, t := range trials {
+		t.Kept = kept
+		word := string(t.Class)
+		if t.Class == "" {
+			word = "NOT JUDGED"
+		}
+		p.tell("%-10s %s, in %.1f s%s", word, t.Conditions(), t.Seconds, shorten(t.Reason))
+		err = errors.Join(err, p.store.addTrial(t))
 	}
-	s.tell("%-10s %s, in %.1f s%s", word, t.Conditions(), t.Seconds, shorten(t.Reason))
-	return errors.Join(err, s.store.addTrial(*t))
+	return err
 }
 
 func shorten(reason string) string {
@@ -309,36 +298,25 @@ func shorten(reason string) string {
 	return reason
 }
 
-// keep copies the images, sparse, with the manifest and the promise, out of the
-// pool: all that JudgeKept needs.
-func (s *site) keep(ctx context.Context, t Trial, promise load.Promise) (string, error) {
-	rel := filepath.Join("images", string(t.Backup))
-	dir := filepath.Join(s.Out, rel)
+// keep copies the images, sparse, with all else that JudgeKept needs, out of
+// the pool.
+func (p *production) keep(ctx context.Context, shot shot) (string, error) {
+	m := shot.manifest
+	rel := filepath.Join("images", string(m.ID))
+	dir := filepath.Join(p.Out, rel)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", fmt.Errorf("keep images: %w", err)
 	}
-	entry, err := s.a.Catalog.Backup(ctx, t.Backup)
-	if err != nil {
+	if err := keepWays(ctx, p.a.Catalog, m, shot.ways, dir); err != nil {
 		return "", err
 	}
-	b, err := backup.EncodeManifest(entry.Manifest)
-	if err != nil {
-		return "", err
-	}
-	promised, err := json.Marshal(promise)
-	if err != nil {
-		return "", fmt.Errorf("keep images: %w", err)
-	}
-	if err := errors.Join(os.WriteFile(filepath.Join(dir, manifestFile), b, 0o644), os.WriteFile(filepath.Join(dir, promiseFile), promised, 0o644)); err != nil {
-		return "", fmt.Errorf("keep images: %w", err)
-	}
-	for _, sn := range entry.Manifest.Snapshots {
+	for _, sn := range m.Snapshots {
 		to := filepath.Join(dir, imageFile(sn.Member))
 		id := sn.ID
-		if s.cloud != nil {
-			id = s.cloud.sim.InPool(id)
+		if p.cloud != nil {
+			id = p.cloud.sim.InPool(id)
 		}
-		if _, err := host.Run(ctx, "cp", "--sparse=always", filepath.Join(s.pool, "snapshots", string(id)+".img"), to); err != nil {
+		if _, err := host.Run(ctx, "cp", "--sparse=always", filepath.Join(p.pool, "snapshots", string(id)+".img"), to); err != nil {
 			return "", err
 		}
 	}

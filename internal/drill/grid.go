@@ -26,6 +26,16 @@ const (
 	Backward = "backward"
 )
 
+// How an image is recovered before it is judged. Crash is the image alone, as
+// after a power failure; of a bracketed backup too, whose label and WAL are then
+// left aside. Archive is with WAL from outside the image: of a bracketed backup
+// what was kept with it, of any other what was shipped into the catalog, to a
+// moment after the cut.
+const (
+	Crash   = "crash"
+	Archive = "archive"
+)
+
 // Who owns the volumes.
 const (
 	Local = "local"
@@ -45,6 +55,7 @@ type Grid struct {
 	Filesystems []string
 	Loads       []string
 	Checkpoints []string
+	Recoveries  []string // Crash, Archive: the same image is judged in each way
 }
 
 // Cell is one combination of conditions, and where it ran.
@@ -59,23 +70,46 @@ type Cell struct {
 	Checkpoint string       `json:"checkpoint,omitempty"`
 	Mode       backup.Mode  `json:"mode"`
 	SkewMS     int64        `json:"skew_ms"`
-	Order      string       `json:"order,omitempty"` // "": forward
+	Order      string       `json:"order,omitempty"`    // "": forward
+	Recovery   string       `json:"recovery,omitempty"` // "": in lines of early drills, see whole; of a cut, that has none yet
 }
 
 // Skew is the time between two members.
 func (c Cell) Skew() time.Duration { return time.Duration(c.SkewMS) * time.Millisecond }
 
+// whole names the way in which an image of an early drill, whose lines do not
+// tell it, was recovered: the only one there was.
+func (c Cell) whole() Cell {
+	if c.Recovery == "" {
+		c.Recovery = Crash
+		if c.Mode == backup.ModeBracketed {
+			c.Recovery = Archive
+		}
+	}
+	return c
+}
+
+// cut is the part of a cell that the cut is made of: cells with the same cut
+// are judged by the same image.
+func (c Cell) cut() Cell {
+	c.Recovery = ""
+	return c
+}
+
 // ground is the part of a cell that production itself is made of: cells with
 // the same ground are cut in the same production run.
 func (c Cell) ground() Cell {
-	c.Mode, c.SkewMS, c.Order, c.Checkpoint = "", 0, "", ""
+	c.Mode, c.SkewMS, c.Order, c.Checkpoint, c.Recovery = "", 0, "", "", ""
 	return c
 }
 
 // Conditions is the cell in words.
 func (c Cell) Conditions() string {
 	words := []string{string(c.Mode), c.Skew().String() + " apart"}
-	if c.SkewMS == 0 {
+	switch {
+	case c.SkewMS == 0 && c.inTurn():
+		words[1] = "one right after the other"
+	case c.SkewMS == 0:
 		words[1] = "all at once"
 	}
 	if c.Order != "" {
@@ -83,6 +117,9 @@ func (c Cell) Conditions() string {
 	}
 	if c.Checkpoint == CheckpointBefore {
 		words = append(words, "checkpoint before")
+	}
+	if c.Recovery != "" {
+		words = append(words, c.Recovery+" recovery")
 	}
 	return strings.Join(append(words, c.Ground()), ", ")
 }
@@ -100,8 +137,15 @@ func (c Cell) Ground() string {
 	return strings.Join(append(words, c.Where), ", ")
 }
 
-// Protected: cleancut calls a cut like that atomic, so damage in it is a bug.
-func (c Cell) Protected() bool { return c.Mode != backup.ModeNone }
+// Protected: cleancut vouches for a cut like that and for this recovery of it,
+// so damage in it is a bug. It does not for the images of a bracketed backup of
+// several filesystems alone.
+func (c Cell) Protected() bool {
+	return c.Mode != backup.ModeNone && (c.Recovery != Crash || !c.inTurn())
+}
+
+// inTurn: each filesystem is cut at an instant of its own.
+func (c Cell) inTurn() bool { return c.Mode == backup.ModeBracketed && c.Layout == "separate" }
 
 // What of a kernel some cells need, beside loop devices and root.
 const (
@@ -180,10 +224,10 @@ func (g Grid) Cells(where func(needs []string) (place, why string)) (cells []Cel
 		if known && !l.chunks {
 			c.Chunk = 0
 		}
-		if c.Mode == backup.ModeGroup || c.Mode == backup.ModeBracketed && c.Layout != "separate" { // one call; one filesystem
+		if c.Mode == backup.ModeGroup || c.Mode == backup.ModeBracketed && !c.inTurn() { // one call; one filesystem
 			c.SkewMS = 0
 		}
-		if c.SkewMS == 0 || c.Order == Forward || c.Mode == backup.ModeBracketed {
+		if c.SkewMS == 0 || c.Order == Forward {
 			c.Order = ""
 		}
 		why := c.wrong(l, known)
@@ -191,7 +235,7 @@ func (g Grid) Cells(where func(needs []string) (place, why string)) (cells []Cel
 			c.Where, why = where(g.needs(l))
 		}
 		if why != "" {
-			r := Refusal{strings.TrimSuffix(c.Conditions(), ", "), why}
+			r := Refusal{strings.TrimSuffix(c.cut().Conditions(), ", "), why}
 			if !slices.Contains(refused, r) {
 				refused = append(refused, r)
 			}
@@ -230,7 +274,8 @@ func (g Grid) all() []Cell {
 	out = cross(out, g.Modes, func(c *Cell, v backup.Mode) { c.Mode = v })
 	out = cross(out, g.Skews, func(c *Cell, v time.Duration) { c.SkewMS = v.Milliseconds() })
 	out = cross(out, g.Orders, func(c *Cell, v string) { c.Order = v })
-	return cross(out, g.Checkpoints, func(c *Cell, v string) { c.Checkpoint = v })
+	out = cross(out, g.Checkpoints, func(c *Cell, v string) { c.Checkpoint = v })
+	return cross(out, g.Recoveries, func(c *Cell, v string) { c.Recovery = v })
 }
 
 func cross[T any](cells []Cell, values []T, set func(*Cell, T)) []Cell {
@@ -270,6 +315,8 @@ func (c Cell) wrong(l layout, known bool) string {
 		return fmt.Sprintf("load %q: light, heavy or metadata", c.Load)
 	case c.Checkpoint != CheckpointBefore && c.Checkpoint != CheckpointNone:
 		return fmt.Sprintf("checkpoint %q: before or none", c.Checkpoint)
+	case c.Recovery != Crash && c.Recovery != Archive:
+		return fmt.Sprintf("recovery %q: crash or archive", c.Recovery)
 	}
 	return ""
 }
@@ -280,7 +327,22 @@ type batch struct {
 	ground Cell
 	n      int
 	seed   uint64
-	cells  []Cell // in the order in which they are cut
+	cuts   []planned // in the order in which they are made
+}
+
+// planned is a cut that is to be made, and how its image is to be recovered.
+type planned struct {
+	cell       Cell // of the cut
+	recoveries []string
+}
+
+// ships: the batch has an image that needs WAL of production.
+func (b batch) ships() bool {
+	return slices.ContainsFunc(b.cuts, planned.ships)
+}
+
+func (p planned) ships() bool {
+	return p.cell.Mode != backup.ModeBracketed && slices.Contains(p.recoveries, Archive)
 }
 
 // plan lists the production runs that are still to be made, trial by trial, so
@@ -298,20 +360,32 @@ func plan(cells []Cell, seed int64, trials int, done func(c Cell, n int) bool) [
 			b := batch{ground: g, n: n, seed: runSeed(seed, g, n)}
 			for _, c := range cells {
 				if c.ground() == g {
-					b.cells = append(b.cells, c)
+					b.add(c, done(c, n))
 				}
 			}
 			// Ordered by what they are, not by how they were asked for; then
 			// shuffled as a whole, so that done ones do not change the order.
-			slices.SortFunc(b.cells, func(x, y Cell) int { return cmp.Compare(x.Conditions(), y.Conditions()) })
-			b.random().Shuffle(len(b.cells), func(i, j int) { b.cells[i], b.cells[j] = b.cells[j], b.cells[i] })
-			b.cells = slices.DeleteFunc(b.cells, func(c Cell) bool { return done(c, n) })
-			if len(b.cells) > 0 {
+			slices.SortFunc(b.cuts, func(x, y planned) int { return cmp.Compare(x.cell.Conditions(), y.cell.Conditions()) })
+			b.random().Shuffle(len(b.cuts), func(i, j int) { b.cuts[i], b.cuts[j] = b.cuts[j], b.cuts[i] })
+			b.cuts = slices.DeleteFunc(b.cuts, func(p planned) bool { return len(p.recoveries) == 0 })
+			if len(b.cuts) > 0 {
 				out = append(out, b)
 			}
 		}
 	}
 	return out
+}
+
+// add has a cell's image cut, once for all ways to recover it.
+func (b *batch) add(c Cell, done bool) {
+	i := slices.IndexFunc(b.cuts, func(p planned) bool { return p.cell == c.cut() })
+	if i < 0 {
+		i = len(b.cuts)
+		b.cuts = append(b.cuts, planned{cell: c.cut()})
+	}
+	if !done {
+		b.cuts[i].recoveries = append(b.cuts[i].recoveries, c.Recovery)
+	}
 }
 
 // runSeed mixes the drill's seed with what the run is, so that every run of
@@ -335,18 +409,19 @@ func (b batch) pause(c Cell) time.Duration {
 
 // Cut is one cut that is to be made, and what the seed says about it.
 type Cut struct {
-	Cell  Cell
-	N     int
-	Seed  uint64 // of the production run
-	Pause time.Duration
+	Cell       Cell   // without a recovery
+	Recoveries string // ways in which its image is to be judged, with commas
+	N          int
+	Seed       uint64 // of the production run
+	Pause      time.Duration
 }
 
 // Schedule lists the cuts that are still to be made, in their order.
 func Schedule(cells []Cell, seed int64, trials int, done func(c Cell, n int) bool) []Cut {
 	var out []Cut
 	for _, b := range plan(cells, seed, trials, done) {
-		for _, c := range b.cells {
-			out = append(out, Cut{c, b.n, b.seed, b.pause(c)})
+		for _, c := range b.cuts {
+			out = append(out, Cut{c.cell, strings.Join(c.recoveries, ","), b.n, b.seed, b.pause(c.cell)})
 		}
 	}
 	return out

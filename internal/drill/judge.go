@@ -20,31 +20,34 @@ import (
 	"cleancut/internal/uml"
 )
 
-// The files of a kept image set.
-const (
-	manifestFile = "manifest.json"
-	promiseFile  = "promise.json"
-)
-
-func imageFile(member int) string { return fmt.Sprintf("member-%d.img", member) }
-
 // Judged is what a kept image set turned out to be.
 type Judged struct {
-	Backup backup.ID      `json:"backup"`
-	Class  Class          `json:"class"` // "": not judged
-	Reason string         `json:"reason,omitempty"`
-	Checks []backup.Check `json:"checks"`
-	Found  *load.Finding  `json:"found,omitempty"`
+	Backup     backup.ID   `json:"backup"`
+	Judgements []Judgement `json:"judgements"` // one a way
 }
 
-// JudgeKept judges a folder that --keep made once more, natively or in the
-// guest as its layout needs. Nothing in the folder is opened for writing: the
+// Judgement is what it turned out to be when it was recovered in one way.
+type Judgement struct {
+	Recovery string         `json:"recovery"`
+	Class    Class          `json:"class"` // "": not judged
+	Reason   string         `json:"reason,omitempty"`
+	Checks   []backup.Check `json:"checks"`
+	Found    *load.Finding  `json:"found,omitempty"`
+}
+
+// JudgeKept judges a folder that --keep made once more, in those of the grid's
+// recoveries for which it has all, natively or in the guest as its layout
+// needs. Nothing in the folder is opened for writing: the
 // images are copied into a pool of our own. The error is for what kept them
 // from being judged; it wraps backup.ErrUsage where the folder holds no images.
 func JudgeKept(ctx context.Context, o Options, dir string) (j Judged, err error) {
-	m, promise, err := readKept(dir)
+	m, ways, err := readKept(dir)
 	if err != nil {
 		return j, err
+	}
+	ways = slices.DeleteFunc(ways, func(w Way) bool { return !slices.Contains(o.Grid.Recoveries, w.Recovery) })
+	if len(ways) == 0 {
+		return j, fmt.Errorf("%w: %s was kept for none of the ways of recovery %q", backup.ErrUsage, dir, o.Grid.Recoveries)
 	}
 	var needs []string
 	for _, fs := range m.Topology.Filesystems {
@@ -67,43 +70,28 @@ func JudgeKept(ctx context.Context, o Options, dir string) (j Judged, err error)
 		return o.judgeInGuest(ctx, dir, pool)
 	}
 	err = atSite(ctx, o, &store{dir: dir}, pool, func(s *site) error {
-		if m, err = s.take(ctx, dir, m); err != nil {
+		h, err := s.hosts(filepath.Join(s.work, "run"))
+		if err != nil {
+			return err
+		}
+		if m, err = s.take(ctx, h, dir, m); err != nil {
 			return err
 		}
 		j.Backup = m.ID
-		v, found, err := JudgeImage(ctx, s.b, m.ID, promise)
-		if err == nil {
-			j.Checks, j.Found = v.Checks, found
-			j.Class, j.Reason = Judge(v, found)
+		for _, w := range ways {
+			v, found, jerr := JudgeImage(ctx, h.b, m.ID, w)
+			if err = jerr; err != nil {
+				break
+			}
+			one := Judgement{Recovery: w.Recovery, Checks: v.Checks, Found: found}
+			one.Class, one.Reason = Judge(v, found)
+			j.Judgements = append(j.Judgements, one)
 		}
 		undoing, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
 		defer cancel()
-		return errors.Join(err, s.a.DeleteLast(undoing, m.ID))
+		return errors.Join(err, h.a.DeleteLast(undoing, m.ID))
 	})
 	return j, err
-}
-
-// readKept reads the manifest and the promise; nil: an earlier version kept
-// none.
-func readKept(dir string) (m backup.Manifest, promise *load.Promise, err error) {
-	b, err := os.ReadFile(filepath.Join(dir, manifestFile))
-	if err != nil {
-		return m, nil, backup.Hint(fmt.Errorf("%w: kept images: %w", backup.ErrUsage, err), "name a folder below images/ of a drill's output folder")
-	}
-	if m, err = backup.DecodeManifest(b); err != nil {
-		return m, nil, err
-	}
-	b, err = os.ReadFile(filepath.Join(dir, promiseFile))
-	if errors.Is(err, os.ErrNotExist) {
-		return m, nil, nil
-	}
-	if err == nil {
-		err = json.Unmarshal(b, &promise)
-	}
-	if err != nil {
-		return m, nil, fmt.Errorf("kept images: %s: %w", promiseFile, err)
-	}
-	return m, promise, nil
 }
 
 // needsOf is what assembling a device needs of the kernel.
@@ -124,7 +112,7 @@ func needsOf(d backup.Device) (out []string) {
 func (o Options) judgeInGuest(ctx context.Context, dir string, pool backup.Bytes) (j Judged, err error) {
 	fmt.Fprintln(o.Progress, "in a user-mode Linux guest: this kernel lacks what the layout needs, or this user is not root")
 	var out bytes.Buffer
-	code, err := uml.Guest{Args: []string{o.Program, "drill", "--here", "--json", "--judge", dir}, Scratch: int64(pool), Stdout: &out, Stderr: o.Progress, Timeout: time.Hour}.Run(ctx)
+	code, err := uml.Guest{Args: []string{o.Program, "drill", "--here", "--json", "--recovery", strings.Join(o.Grid.Recoveries, ","), "--judge", dir}, Scratch: int64(pool), Stdout: &out, Stderr: o.Progress, Timeout: time.Hour}.Run(ctx)
 	if err != nil {
 		return j, fmt.Errorf("user-mode guest: %w", err)
 	}
@@ -135,9 +123,12 @@ func (o Options) judgeInGuest(ctx context.Context, dir string, pool backup.Bytes
 }
 
 // take makes volumes of the images, snapshots of those, and a backup of these:
-// the same manifest with other snapshots.
-func (s *site) take(ctx context.Context, dir string, m backup.Manifest) (_ backup.Manifest, err error) {
-	p, owner := s.a.Provider, backup.Tags{backup.TagStorage: "judged", backup.TagHost: productionHost}
+// the same manifest with other snapshots, and the WAL that was kept with it.
+func (s *site) take(ctx context.Context, h hosts, dir string, m backup.Manifest) (_ backup.Manifest, err error) {
+	if err := takeWAL(ctx, dir, h.a.Catalog, m); err != nil {
+		return m, err
+	}
+	p, owner := s.pa, backup.Tags{backup.TagStorage: "judged", backup.TagHost: productionHost}
 	members := m.Topology.Members()
 	var set provider.Set
 	var volumes []backup.VolumeID
@@ -183,12 +174,12 @@ func (s *site) take(ctx context.Context, dir string, m backup.Manifest) (_ backu
 		m.Snapshots[i].ID = t.Snapshot
 		ids = append(ids, t.Snapshot)
 	}
-	digest, err := s.a.Catalog.PutManifest(ctx, m)
+	digest, err := h.a.Catalog.PutManifest(ctx, m)
 	if err != nil {
 		return m, err
 	}
 	if err := p.Complete(ctx, ids, slices.Repeat([]backup.Tags{{backup.TagDigest: digest}}, len(ids))); err != nil {
 		return m, err
 	}
-	return m, s.a.Catalog.PutComplete(ctx, backup.Complete{ID: m.ID, Digest: digest, Completed: time.Now().UTC()})
+	return m, h.a.Catalog.PutComplete(ctx, backup.Complete{ID: m.ID, Digest: digest, Completed: time.Now().UTC()})
 }

@@ -35,6 +35,7 @@ type subject struct {
 	a, b   *flow.Flow
 	server *pgtest.Server
 	facts  load.Facts
+	kept   load.Promise // of loads that are over
 }
 
 // image is a cut with its promise.
@@ -149,7 +150,7 @@ func (s *subject) judged(t *testing.T, i image, volume string, plant func(file s
 		plant(file)
 	}
 	start := time.Now()
-	v, found, err := drill.JudgeImage(t.Context(), s.b, i.manifest.ID, &i.promise)
+	v, found, err := drill.JudgeImage(t.Context(), s.b, i.manifest.ID, drill.Way{Recovery: drill.Crash, Promise: &i.promise})
 	if err != nil {
 		t.Fatalf("not judged: %v", err)
 	}

@@ -21,21 +21,23 @@ import (
 // a load.
 type production struct {
 	*site
+	hosts
 	batch  batch
 	server lab.Server
 	facts  load.Facts
 	load   *load.Load
 	mounts []string
 	began  time.Time
+	ship   *shipment // nil: no image needs WAL of production
 	undo   []func(ctx context.Context) error
 }
 
 // shot is a cut that is to be judged.
 type shot struct {
-	cell     Cell
+	cell     Cell // of the cut
 	at       time.Time
 	manifest backup.Manifest
-	promise  load.Promise
+	ways     []Way
 	stall    time.Duration
 	err      error // there is no image: the cut failed
 }
@@ -48,6 +50,9 @@ func (s *site) produce(ctx context.Context, b batch) (p *production, err error) 
 			err = errors.Join(err, p.end(ctx))
 		}
 	}()
+	if err := p.makeHosts(); err != nil {
+		return p, err
+	}
 	if err := p.makeServer(ctx); err != nil {
 		return p, err
 	}
@@ -61,6 +66,9 @@ func (s *site) produce(ctx context.Context, b batch) (p *production, err error) 
 		return p, err
 	}
 	if err := errors.Join(p.spread(ctx), p.settle(ctx)); err != nil {
+		return p, err
+	}
+	if err := p.startShipping(ctx); err != nil {
 		return p, err
 	}
 	l, _ := presetOf(b.ground.Load)
@@ -86,6 +94,20 @@ func (p *production) end(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// makeHosts makes the hosts of this run alone, with a catalog that goes with it.
+func (p *production) makeHosts() (err error) {
+	dir := filepath.Join(p.work, "run")
+	p.later(func(context.Context) error {
+		left, err := lab.Left(dir)
+		if err != nil || len(left) > 0 { // which atSite tells; never remove through a mount
+			return err
+		}
+		return os.RemoveAll(dir)
+	})
+	p.hosts, err = p.site.hosts(dir)
+	return err
+}
+
 // makeServer makes the storage and starts a server on it, its WAL and
 // tablespaces where the layout wants them.
 func (p *production) makeServer(ctx context.Context) error {
@@ -94,8 +116,8 @@ func (p *production) makeServer(ctx context.Context) error {
 	for _, o := range l.storages(p.batch.ground, p.VolumeSize) {
 		o.Host, o.Mountpoint, o.MountOptions = productionHost, filepath.Join(p.work, o.Name), []string{"noatime"}
 		o.Fstab, o.MdadmConf = filepath.Join(p.work, "fstab"), filepath.Join(p.work, "mdadm.conf")
-		p.later(func(ctx context.Context) error { return flow.DestroyStorage(ctx, p.a.Provider, o) })
-		if _, err := flow.CreateStorage(ctx, p.a.Provider, o); err != nil {
+		p.later(func(ctx context.Context) error { return flow.DestroyStorage(ctx, p.pa, o) })
+		if _, err := flow.CreateStorage(ctx, p.pa, o); err != nil {
 			return err
 		}
 		p.mounts = append(p.mounts, o.Mountpoint)
@@ -188,8 +210,8 @@ func (p *production) settle(ctx context.Context) error {
 // seed says. What fails to be cut is a shot without an image; the load's own
 // end is an error, as the promise would be worth nothing.
 func (p *production) shoot(ctx context.Context) (shots []shot, err error) {
-	for _, c := range p.batch.cells {
-		if err := wait(ctx, p.batch.pause(c)); err != nil {
+	for _, c := range p.batch.cuts {
+		if err := wait(ctx, p.batch.pause(c.cell)); err != nil {
 			return shots, err
 		}
 		s := p.cut(ctx, c)
@@ -204,20 +226,20 @@ func (p *production) shoot(ctx context.Context) (shots []shot, err error) {
 		if s.err != nil {
 			said = s.err.Error()
 		}
-		p.tell("%s: %s", c.Conditions(), said)
+		p.tell("%s: %s", c.cell.Conditions(), said)
 	}
 	return shots, nil
 }
 
-// cut takes one, and with it the promise that was made until then.
-func (p *production) cut(ctx context.Context, c Cell) shot {
+// cut takes one, and with it what was promised until then.
+func (p *production) cut(ctx context.Context, plan planned) shot {
+	c := plan.cell
 	s := shot{cell: c, at: time.Now().UTC()}
-	members := time.Duration(c.Volumes)
-	a := *p.a
-	if c.Order == Backward {
-		a.Provider = backward{a.Provider}
+	for _, r := range plan.recoveries {
+		s.ways = append(s.ways, Way{Recovery: r})
 	}
-	s.manifest, s.err = a.Backup(ctx, flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: c.Mode, Skew: c.Skew(), FastCheckpoint: true,
+	members := time.Duration(c.Volumes)
+	s.manifest, s.err = p.a.Backup(ctx, flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: c.Mode, Skew: c.Skew(), Backward: c.Order == Backward, FastCheckpoint: true,
 		Deadline: 2*members*c.Skew() + 2*time.Minute, Quick: 5 * time.Second, Rounds: 20, KeepAway: []string{p.pool, p.Out}, AllowForeign: p.load.Files != nil,
 		BeforeFreeze: func(ctx context.Context) error {
 			if c.Checkpoint != CheckpointBefore {
@@ -228,14 +250,30 @@ func (p *production) cut(ctx context.Context, c Cell) shot {
 	if s.err != nil {
 		return s
 	}
-	// The first request and the last answer bound the cut also where nothing
-	// was held: all members hold what was flushed before the first, none what
-	// was sent after the last.
-	first, last := s.manifest.Span()
-	s.promise = p.load.PromiseUntil(first, last)
-	s.promise.Facts = &p.facts
-	if s.err = wait(ctx, time.Until(last.Add(time.Second))); s.err == nil {
-		s.stall = p.load.Words.Stall(first.Add(-time.Second), last.Add(time.Second)).Length
+	// Without backup mode the first request and the last answer bound the cut,
+	// also where nothing was held: all members hold what was flushed before the
+	// first, none what was sent after the last.
+	alone := s.manifest
+	alone.Bracket = nil
+	first, last := alone.Span()
+	if s.err = wait(ctx, time.Until(last.Add(time.Second))); s.err != nil {
+		return s
+	}
+	s.stall = p.load.Words.Stall(first.Add(-time.Second), last.Add(time.Second)).Length
+	for i := range s.ways {
+		w := &s.ways[i]
+		switch {
+		case w.Recovery == Crash:
+		case s.manifest.Bracket != nil:
+			first, last = s.manifest.Span()
+		default:
+			if w.Target, first, last, s.err = p.beyond(ctx); s.err != nil {
+				return s
+			}
+		}
+		promise := p.load.PromiseUntil(first, last)
+		promise.Facts = &p.facts
+		w.Promise = &promise
 	}
 	return s
 }

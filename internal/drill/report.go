@@ -10,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"cleancut/internal/backup"
 	"cleancut/internal/report"
 )
 
@@ -75,7 +76,7 @@ func later(a, b time.Time) time.Time {
 // one protected cut may be damaged.
 func outcomes(s Summary, trials []Trial) *report.Drill {
 	d := &report.Drill{Word: "Measured", Text: "No protected cut was judged: nothing is claimed.",
-		Explained: "A trial: a PostgreSQL under load is cut, the image alone is restored and checked. In mode freeze all filesystems are held frozen while their volumes are snapshotted; in mode none the volumes are snapshotted one after the other and nothing is held, as a careless script does. \"1s apart\" is the time between one volume and the next."}
+		Explained: "A trial: a PostgreSQL under load is cut, the image alone is restored and checked. In mode freeze all filesystems are held frozen while their volumes are snapshotted; in mode none the volumes are snapshotted one after the other and nothing is held, as a careless script does; in mode bracketed each filesystem is cut at an instant of its own, in backup mode. \"1s apart\" is the time between one volume, or filesystem, and the next. After crash recovery the server had the image alone, after archive recovery the WAL kept with a bracketed cut, or shipped until after any other."}
 	for _, c := range Classes() {
 		d.Classes = append(d.Classes, report.Class{Key: string(c), Words: c.Words()})
 	}
@@ -104,7 +105,7 @@ func outcomes(s Summary, trials []Trial) *report.Drill {
 	if protected > 0 {
 		held := damaged == 0
 		d.Held, d.Word = &held, map[bool]string{true: "Every protected cut was sound", false: "A protected cut was damaged"}[held]
-		d.Text = fmt.Sprintf("Damaged: %d of %d protected cuts, and %d of %d cuts that nothing held.", damaged, protected, tornDamaged, torn)
+		d.Text = fmt.Sprintf("Damaged: %d of %d trials of protected cuts, and %d of %d of cuts that nothing protected.", damaged, protected, tornDamaged, torn)
 	}
 	return d
 }
@@ -121,11 +122,18 @@ func throughput(r ProductionRun) report.Series {
 // last.
 func cutMarks(r ProductionRun, trials []Trial) []report.Mark {
 	var out []report.Mark
+	marked := map[backup.ID]int{}
 	for _, t := range trials {
 		if t.Run != r.ID || len(t.Members) == 0 {
 			continue
 		}
-		m := report.Mark{Name: fmt.Sprintf("%s, %s: %s", t.Mode, t.Skew(), cmp.Or(string(t.Class), "not judged"))}
+		class := cmp.Or(string(t.Class), "not judged")
+		if i, another := marked[t.Backup]; another { // the same cut, recovered in the other way
+			out[i].Name += fmt.Sprintf(", %s (%s)", class, t.Recovery)
+			continue
+		}
+		marked[t.Backup] = len(out)
+		m := report.Mark{Name: fmt.Sprintf("%s, %s: %s (%s)", t.Mode, t.Skew(), class, t.Recovery)}
 		m.From, m.To = t.Members[0].Requested, t.Members[0].Responded
 		for _, s := range t.Members {
 			m.From, m.To = earlier(m.From, s.Requested), later(m.To, s.Responded)

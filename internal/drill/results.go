@@ -16,7 +16,8 @@ import (
 	"cleancut/internal/load"
 )
 
-// Trial is one line of trials.jsonl: one cut and what became of its image.
+// Trial is one line of trials.jsonl: one image, recovered in one way, and what
+// became of it.
 type Trial struct {
 	Cell
 	Seed     int64          `json:"seed"`
@@ -28,10 +29,11 @@ type Trial struct {
 	Reason   string         `json:"reason,omitempty"`
 	Checks   []backup.Check `json:"checks"`
 	Found    *load.Finding  `json:"found,omitempty"`
+	Target   string         `json:"target,omitempty"` // of recovery by shipped WAL
 	Cut      backup.Cut     `json:"cut"`
 	Members  []MemberTime   `json:"members"`
 	StallMS  float64        `json:"stall_ms"` // longest time without a commit, from a second before the cut to a second after
-	Recovery float64        `json:"seconds_to_first_query"`
+	Answered float64        `json:"seconds_to_first_query"`
 	Seconds  float64        `json:"judged_in_seconds"`
 	Kept     string         `json:"kept,omitempty"` // folder of the image set, below the output folder
 }
@@ -85,7 +87,7 @@ func openStore(dir string) (*store, error) {
 	if err := unix.Flock(int(s.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, errors.Join(backup.Hint(fmt.Errorf("another drill writes to %s: %w", dir, backup.ErrInUse), "wait for it, or choose another --out"), s.lock.Close())
 	}
-	if err := errors.Join(readLines(filepath.Join(dir, "trials.jsonl"), &s.trials), readLines(filepath.Join(dir, "runs.jsonl"), &s.runs)); err != nil {
+	if err := s.read(); err != nil {
 		return nil, errors.Join(err, s.lock.Close())
 	}
 	return s, nil
@@ -93,10 +95,14 @@ func openStore(dir string) (*store, error) {
 
 func (s *store) close() error { return s.lock.Close() }
 
-// read looks again at what another process, the guest's, has written.
+// read looks at what was written, also by another process, the guest's.
 func (s *store) read() error {
 	s.trials, s.runs = nil, nil
-	return errors.Join(readLines(filepath.Join(s.dir, "trials.jsonl"), &s.trials), readLines(filepath.Join(s.dir, "runs.jsonl"), &s.runs))
+	err := errors.Join(readLines(filepath.Join(s.dir, "trials.jsonl"), &s.trials), readLines(filepath.Join(s.dir, "runs.jsonl"), &s.runs))
+	for i, t := range s.trials {
+		s.trials[i].Cell = t.Cell.whole()
+	}
+	return err
 }
 
 func readLines[T any](name string, into *[]T) error {

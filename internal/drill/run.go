@@ -99,6 +99,10 @@ func (o Options) repeat(ctx context.Context, st *store, batches []batch) error {
 	return errors.Join(o.inGuest(ctx, guest), st.read())
 }
 
+// walRoom is for the WAL that production runs ship, beside the pool; the file
+// behind it is sparse.
+const walRoom = 4 << 30
+
 // inGuest runs the same command as root of a guest that shares the output
 // folder. A guest that hangs is begun once more: what it judged is kept.
 func (o Options) inGuest(ctx context.Context, batches []batch) error {
@@ -110,7 +114,7 @@ func (o Options) inGuest(ctx context.Context, batches []batch) error {
 	}
 	args := append([]string{o.Program, "drill", "--here", "--layout", strings.Join(layouts, ",")}, o.arguments()...)
 	for again := true; ; again = false {
-		code, err := uml.Guest{Args: args, Scratch: int64(poolSize(o)), Share: []string{o.Out}, Stdout: o.Progress, Stderr: o.Progress, Timeout: 24 * time.Hour}.Run(ctx)
+		code, err := uml.Guest{Args: args, Scratch: int64(poolSize(o) + walRoom), Share: []string{o.Out}, Stdout: o.Progress, Stderr: o.Progress, Timeout: 24 * time.Hour}.Run(ctx)
 		if errors.Is(err, uml.ErrHung) && again {
 			fmt.Fprintf(o.Progress, "the guest hung and is begun again: %v\n", err)
 			continue
@@ -141,7 +145,7 @@ func (o Options) arguments() []string {
 		"--skew", list(len(g.Skews), func(i int) string { return g.Skews[i].String() }),
 		"--order", strings.Join(g.Orders, ","), "--volumes", list(len(g.Volumes), func(i int) string { return strconv.Itoa(g.Volumes[i]) }),
 		"--chunk", list(len(g.Chunks), func(i int) string { return strconv.FormatInt(int64(g.Chunks[i]), 10) }),
-		"--fs", strings.Join(g.Filesystems, ","), "--load", strings.Join(g.Loads, ","), "--checkpoint", strings.Join(g.Checkpoints, ","),
+		"--fs", strings.Join(g.Filesystems, ","), "--load", strings.Join(g.Loads, ","), "--checkpoint", strings.Join(g.Checkpoints, ","), "--recovery", strings.Join(g.Recoveries, ","),
 		"--trials", strconv.Itoa(o.Trials), "--seed", strconv.FormatInt(o.Seed, 10), "--out", o.Out, "--keep", o.Keep,
 		"--rows", strconv.FormatInt(o.Rows, 10), "--size", strconv.FormatInt(int64(o.VolumeSize), 10),
 	}

@@ -27,7 +27,7 @@ func small(t *testing.T) drill.Options {
 	out := filepath.Join(labtest.Folder(t), "out")
 	return drill.Options{Program: labtest.Binary(t), Version: "test", Trials: 1, Seed: 3, Out: out, Keep: drill.KeepNone, Report: filepath.Join(out, "report.html"), Rows: 1000, VolumeSize: 320 << 20,
 		Grid: drill.Grid{Modes: []backup.Mode{"freeze", "none"}, Skews: []time.Duration{0, 200 * time.Millisecond}, Orders: []string{"forward"}, Volumes: []int{3}, Layouts: []string{"separate"}, Chunks: []backup.Bytes{64 << 10},
-			Filesystems: []string{"xfs"}, Loads: []string{"light"}, Checkpoints: []string{"none"}},
+			Filesystems: []string{"xfs"}, Loads: []string{"light"}, Checkpoints: []string{"none"}, Recoveries: []string{"crash", "archive"}},
 		Progress: io.Discard, Log: slog.New(slog.DiscardHandler)}
 }
 
@@ -69,7 +69,7 @@ func TestADrillThatIsStoppedGoesOnWhereItWas(t *testing.T) {
 	}
 	o := small(t)
 	o.Keep, o.Grid.Skews, o.Grid.Orders = drill.KeepAll, []time.Duration{200 * time.Millisecond}, []string{drill.Forward, drill.Backward}
-	const want = 2 * 2 // freeze and none in two orders
+	const want = 2 * 2 * 2 // freeze and none in two orders, each recovered in two ways
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	o.Progress = &cancelAt{t, "sound  ", cancel}
@@ -78,7 +78,7 @@ func TestADrillThatIsStoppedGoesOnWhereItWas(t *testing.T) {
 		t.Fatalf("got %+v and %v, want an interrupted drill", s, err)
 	}
 	first := lines(t, o)
-	if len(first) == 0 || len(first) >= want {
+	if len(first) == 0 || len(first) >= want || len(first)%2 != 0 {
 		t.Fatalf("%d trials before the end, want some of %d", len(first), want)
 	}
 	o.Progress = &cancelAt{t, "never", func() {}}
@@ -99,6 +99,9 @@ func TestADrillThatIsStoppedGoesOnWhereItWas(t *testing.T) {
 		if trial.StallMS <= 0 || len(trial.Members) != 3 || len(trial.Checks) < 8 || trial.Found == nil || trial.Found.Words.Acked == 0 {
 			t.Errorf("a trial that says little: %+v", trial)
 		}
+		if (trial.Target != "") != (trial.Recovery == drill.Archive) {
+			t.Errorf("%s: recovered to %q", trial.Conditions(), trial.Target)
+		}
 		skew := trial.Members[2].Requested.Sub(trial.Members[0].Requested)
 		if trial.Order == drill.Backward {
 			skew = -skew
@@ -107,7 +110,13 @@ func TestADrillThatIsStoppedGoesOnWhereItWas(t *testing.T) {
 			t.Errorf("%s: the last member was cut %v after the first", trial.Conditions(), skew)
 		}
 	}
-	judgedAgain(t, o, all[0])
+	for i := 0; i < len(all); i += 2 {
+		crash, archive := all[i], all[i+1]
+		if crash.Backup != archive.Backup || archive.Recovery != drill.Archive || archive.Found.Words.Acked < crash.Found.Words.Acked+50 {
+			t.Errorf("%d words promised after crash recovery and %d after archive recovery, want at least 50 of after the cut", crash.Found.Words.Acked, archive.Found.Words.Acked)
+		}
+	}
+	judgedAgain(t, o, all[:2])
 	reported(t, o, want)
 	began := time.Now()
 	if _, err := drill.Run(t.Context(), o); err != nil || len(lines(t, o)) != want || time.Since(began) > 5*time.Second {
@@ -137,29 +146,40 @@ func TestVolumesOfTheEC2TestServerAreCutAndKeptToo(t *testing.T) {
 		return
 	}
 	o := small(t)
-	o.Keep, o.Grid.Provider, o.Grid.Modes = drill.KeepAll, drill.EC2, []backup.Mode{"freeze"}
+	o.Keep, o.Grid.Provider, o.Grid.Modes = drill.KeepAll, drill.EC2, []backup.Mode{"freeze", "bracketed"}
+	o.Grid.Skews = o.Grid.Skews[1:]
 	s, err := drill.Run(t.Context(), o)
-	if err != nil || len(s.Cells) != 2 {
-		t.Fatalf("got %+v and %v, want the cut at once and the one with a skew", s.Cells, err)
+	if err != nil || len(s.Cells) != 2*2 {
+		t.Fatalf("got %+v and %v, want two cuts, each recovered in two ways", s.Cells, err)
 	}
 	for _, trial := range lines(t, o) {
 		isKept(t, o, trial)
 		skew := trial.Members[2].Requested.Sub(trial.Members[0].Requested)
-		if trial.Class != drill.Sound || trial.Provider != drill.EC2 || trial.SkewMS > 0 && skew < 2*trial.Skew() {
+		if trial.Mode == backup.ModeBracketed { // the WAL, member 1, comes last
+			skew = 2 * trial.Members[2].Requested.Sub(trial.Members[0].Requested)
+		}
+		if trial.Protected() && trial.Class != drill.Sound || trial.Provider != drill.EC2 || skew < 2*trial.Skew() {
 			t.Errorf("%s: %s, the last member was cut %v after the first", trial.Conditions(), trial.Class, skew)
 		}
 	}
 }
 
 // judgedAgain demands the same of a kept image set, which is not touched.
-func judgedAgain(t *testing.T, o drill.Options, trial drill.Trial) {
+// trials are all of that image.
+func judgedAgain(t *testing.T, o drill.Options, trials []drill.Trial) {
 	t.Helper()
-	dir := filepath.Join(o.Out, trial.Kept)
+	dir := filepath.Join(o.Out, trials[0].Kept)
 	o.Out = "" // what is not needed
 	before := listing(t, dir)
 	j, err := drill.JudgeKept(t.Context(), o, dir)
-	if err != nil || j.Class != trial.Class || j.Backup != trial.Backup || len(j.Checks) != len(trial.Checks) || j.Found == nil || j.Found.Words.Found != trial.Found.Words.Found {
-		t.Errorf("judged again: %+v (%v), want it as it was: %+v", j, err, trial)
+	if err != nil || len(j.Judgements) != len(trials) || len(trials) != 2 {
+		t.Fatalf("judged again: %+v (%v), want both ways: %+v", j, err, trials)
+	}
+	for i, trial := range trials {
+		one := j.Judgements[i]
+		if j.Backup != trial.Backup || one.Recovery != trial.Recovery || one.Class != trial.Class || len(one.Checks) != len(trial.Checks) || one.Found == nil || one.Found.Words.Found != trial.Found.Words.Found {
+			t.Errorf("judged again: %+v, want it as it was: %+v", one, trial)
+		}
 	}
 	if after := listing(t, dir); !maps.Equal(before, after) {
 		t.Errorf("the kept files were %v and are %v", before, after)

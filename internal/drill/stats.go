@@ -91,22 +91,32 @@ func (s CellSummary) Sentence() string {
 	members := "members"
 	if s.Mode == backup.ModeBracketed {
 		cuts, members = "bracketed cuts", "filesystems"
+		if s.Recovery == Crash {
+			cuts = "bracketed cuts, their label and WAL left aside,"
+		}
 	}
 	when := "with all " + members + " at once"
+	if s.inTurn() {
+		when = "with one filesystem right after the other"
+	}
 	if s.SkewMS > 0 {
 		when = "with " + s.Skew().String() + " between " + members
 		if s.Order != "" {
 			when += ", the last first"
 		}
 	}
-	what := fmt.Sprintf("%d of %d %s %s were damaged", s.Damaged, s.Trials, cuts, when)
+	after := ""
+	if s.Recovery != "" {
+		after = " after " + s.Recovery + " recovery"
+	}
+	what := fmt.Sprintf("%d of %d %s %s were damaged%s", s.Damaged, s.Trials, cuts, when, after)
 	if s.Trials == 1 {
-		what = fmt.Sprintf("%d of 1 cut (%s, %s) was damaged", s.Damaged, s.Mode, when)
+		what = fmt.Sprintf("%d of 1 cut (%s, %s) was damaged%s", s.Damaged, s.Mode, when, after)
 	}
 	under := " under these conditions (" + s.Ground() + ")"
 	switch {
 	case s.Trials == 0:
-		return "No cut " + when + " was judged: nothing is known."
+		return "No cut " + when + " was judged" + after + ": nothing is known."
 	case s.Damaged == 0:
 		if s.Upper >= 1 {
 			return what + under + ": so few say nothing about how often such cuts are."

@@ -79,6 +79,23 @@ func TestAnIntervalHoldsItsOwnShareAndNarrowsWithTrials(t *testing.T) {
 	}
 }
 
+func TestASentenceSaysHowItWasRecovered(t *testing.T) {
+	for _, c := range []struct {
+		mode           backup.Mode
+		recovery, says string
+	}{
+		{backup.ModeFreeze, drill.Crash, "0 of 30 frozen cuts with 5s between members were damaged after crash recovery under these conditions"},
+		{backup.ModeFreeze, drill.Archive, "0 of 30 frozen cuts with 5s between members were damaged after archive recovery under"},
+		{backup.ModeBracketed, drill.Archive, "0 of 30 bracketed cuts with 5s between filesystems were damaged after archive recovery under"},
+		{backup.ModeBracketed, drill.Crash, "0 of 30 bracketed cuts, their label and WAL left aside, with 5s between filesystems were damaged after crash recovery under"},
+	} {
+		s := drill.CellSummary{Cell: drill.Cell{Layout: "separate", Mode: c.mode, SkewMS: 5000, Recovery: c.recovery}, Trials: 30, Interval: drill.Share95(0, 30)}
+		if got := s.Sentence(); !strings.HasPrefix(got, c.says) {
+			t.Errorf("got %q, want %q", got, c.says)
+		}
+	}
+}
+
 func TestASentenceSaysWhatIsKnown(t *testing.T) {
 	for _, c := range []struct {
 		mode          backup.Mode

@@ -27,7 +27,7 @@ func (s Summary) Alarm() error {
 	var errs []error
 	for _, c := range s.Cells {
 		if c.Protected() && c.Damaged > 0 {
-			errs = append(errs, fmt.Errorf("%s: %d of %d cuts that were held: %w", c.Conditions(), c.Damaged, c.Trials, backup.ErrDamage))
+			errs = append(errs, fmt.Errorf("%s: %d of %d cuts that cleancut vouches for: %w", c.Conditions(), c.Damaged, c.Trials, backup.ErrDamage))
 		}
 	}
 	return backup.Hint(errors.Join(errs...), "look at the trials in the data beside the report; `--keep damaged` keeps their images; please report it")
@@ -95,11 +95,12 @@ func Summarize(trials []Trial) []CellSummary {
 	judged := map[key]bool{}
 	for _, t := range trials {
 		if t.Class != "" {
-			judged[key{t.Cell, t.Seed, t.N}] = true
+			judged[key{t.Cell.whole(), t.Seed, t.N}] = true
 		}
 	}
 	counted := map[key]bool{}
 	for _, t := range trials {
+		t.Cell = t.Cell.whole()
 		s := byCell[t.Cell]
 		if s == nil {
 			s = &CellSummary{Cell: t.Cell}
@@ -126,7 +127,8 @@ func Summarize(trials []Trial) []CellSummary {
 		out = append(out, *s)
 	}
 	slices.SortFunc(out, func(a, b CellSummary) int {
-		return cmp.Or(strings.Compare(a.Ground(), b.Ground()), cmp.Compare(b.Mode, a.Mode)*-1, strings.Compare(b.Checkpoint, a.Checkpoint), cmp.Compare(a.SkewMS, b.SkewMS), strings.Compare(a.Order, b.Order))
+		return cmp.Or(strings.Compare(a.Ground(), b.Ground()), cmp.Compare(b.Mode, a.Mode)*-1, strings.Compare(b.Checkpoint, a.Checkpoint), cmp.Compare(a.SkewMS, b.SkewMS), strings.Compare(a.Order, b.Order),
+			strings.Compare(b.Recovery, a.Recovery))
 	})
 	return out
 }

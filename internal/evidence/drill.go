@@ -119,7 +119,8 @@ func (p *page) drill(d Drill) {
 	p.line("")
 }
 
-// held adds up the cuts that cleancut would call atomic, by layout.
+// held adds up the cuts that cleancut vouches for, by layout and recovery: an
+// image that was recovered in two ways is one cut of each.
 func (p *page) held(drills []Drill) {
 	type total struct{ trials, damaged int }
 	totals := map[string]total{}
@@ -129,7 +130,7 @@ func (p *page) held(drills []Drill) {
 			if !c.Protected() {
 				continue
 			}
-			layout := fmt.Sprintf("%s of %d, %s, %s", c.Layout, c.Volumes, c.Filesystem, c.Where)
+			layout := fmt.Sprintf("%s of %d, %s, %s, %s recovery", c.Layout, c.Volumes, c.Filesystem, c.Where, c.Recovery)
 			if !slices.Contains(order, layout) {
 				order = append(order, layout)
 			}
@@ -139,9 +140,9 @@ func (p *page) held(drills []Drill) {
 	}
 	p.line("### All held cuts")
 	p.line("")
-	p.line("Of all files, loads and times between members, by layout. The limit is the upper one of the 95 %% interval; it takes the cuts for independent, which those of one production run are not quite.")
+	p.line("Of all files, loads and times between members, by layout and way of recovery. The limit is the upper one of the 95 %% interval; it takes the cuts for independent, which those of one production run are not quite.")
 	p.line("")
-	p.head("layout", "held cuts", "damaged", "at most")
+	p.head("layout, recovery", "held cuts", "damaged", "at most")
 	slices.Sort(order)
 	for _, layout := range order {
 		t := totals[layout]

@@ -255,7 +255,7 @@ func TestHeldCutsOfAllFilesAreAddedUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := evidence.Page(d)
-	for _, want := range []string{"### one\n", "### two\n", "| separate of 4, xfs, native | 4 | 0 | 75 % |", "1 of 1 cut (none, with all members at once) was damaged", "| none, all at once, separate of 4, xfs, heavy load, native | 1 | 0 | 0 | 0 | 1 |"} {
+	for _, want := range []string{"### one\n", "### two\n", "| separate of 4, xfs, native, crash recovery | 4 | 0 | 75 % |", "1 of 1 cut (none, with all members at once) was damaged", "| none, all at once, crash recovery, separate of 4, xfs, heavy load, native | 1 | 0 | 0 | 0 | 1 |"} {
 		if !strings.Contains(got, want) {
 			t.Errorf("no %q in:\n%s", want, got)
 		}

@@ -24,6 +24,10 @@ type RestoreOptions struct {
 	Recovery
 	// AllowTorn restores what the drill cut without protection. No command sets it.
 	AllowTorn bool
+	// CrashOnly leaves to a bracketed backup nothing but its images, as if they
+	// had been cut without backup mode: no label, no map, none of the WAL kept
+	// with it. The drill shows by it what bracketing is for. No command sets it.
+	CrashOnly bool
 
 	// failed is given what stands when the restore has failed, before it is
 	// removed; it may be nil.
@@ -49,6 +53,11 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	m := entry.Manifest
 	if m.Cut.Achieved == backup.Torn && !o.AllowTorn {
 		return r, nil, fmt.Errorf("backup %s is %s: the drill made it, and nothing else restores it: %w", m.ID, m.Cut.Achieved, backup.ErrUnsupported)
+	}
+	if o.CrashOnly && m.Bracket != nil {
+		// What was flushed when backup mode began is all that is known to have
+		// been flushed before the first cut.
+		m.Cut.FlushLSN, m.Bracket = m.Bracket.StartLSN, nil
 	}
 	inst, err := postgres.FindInstallation(ctx, m.Server.Major(), f.BinDirs)
 	if err != nil {
@@ -153,6 +162,8 @@ type VerifyOptions struct {
 	Recovery
 	// AllowTorn verifies what the drill cut without protection. No command sets it.
 	AllowTorn bool
+	// CrashOnly is that of RestoreOptions. No command sets it.
+	CrashOnly bool
 	// Look runs on the recovered copy before the checks; it may be nil. An
 	// error of it is a failed check.
 	Look func(ctx context.Context, r Restored) error
@@ -168,7 +179,7 @@ func (f *Flow) Verify(ctx context.Context, o VerifyOptions) (v backup.Verdict, e
 	start := time.Now()
 	tell := func(check string) { f.tell("check", check) }
 	var disks []backup.Check
-	r, release, err := f.Restore(ctx, RestoreOptions{ID: id, Purpose: backup.ForVerify, Recovery: o.Recovery, AllowTorn: o.AllowTorn,
+	r, release, err := f.Restore(ctx, RestoreOptions{ID: id, Purpose: backup.ForVerify, Recovery: o.Recovery, AllowTorn: o.AllowTorn, CrashOnly: o.CrashOnly,
 		failed: func(ctx context.Context, c backup.Copy, err error) {
 			if level == backup.LevelFull && errors.Is(err, restore.ErrNoStart) && restore.Blamed(err) != backup.CheckMounted {
 				disks = verify.Filesystems(ctx, c, tell)

@@ -18,6 +18,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"cleancut/internal/backup"
@@ -70,6 +71,7 @@ type BackupOptions struct {
 	Quick    time.Duration
 	Rounds   int
 	Skew     time.Duration // drill only, with ModeNone, ModeFreeze or ModeBracketed
+	Backward bool          // drill only, with Skew: the last member or filesystem is cut first
 	// FastCheckpoint lets backup mode begin at once, by a checkpoint that takes
 	// all the I/O it can get; without it the checkpoint is spread. Only ModeBracketed.
 	FastCheckpoint bool
@@ -147,7 +149,7 @@ func (f *Flow) Backup(ctx context.Context, o BackupOptions) (m backup.Manifest, 
 	}
 	take := func() error {
 		f.tell("cut", fmt.Sprintf("%d volumes, %d filesystems", len(topology.Members()), len(topology.Filesystems)))
-		res, err := cut.Run(ctx, f.Provider, cut.Options{ID: m.ID, Cluster: f.Cluster, Topology: topology, Mode: o.Mode, Skew: o.Skew, Deadline: o.Deadline,
+		res, err := cut.Run(ctx, f.Provider, cut.Options{ID: m.ID, Cluster: f.Cluster, Topology: topology, Mode: o.Mode, Skew: o.Skew, Backward: o.Backward, Deadline: o.Deadline,
 			Quick: o.Quick, Rounds: o.Rounds, Watchdog: f.Watchdog, BeforeFreeze: o.BeforeFreeze,
 			FlushedLSN: func(ctx context.Context) (backup.LSN, error) { return postgres.FlushedRecordEnd(ctx, conn) }})
 		m.Cut, m.Snapshots = res.Cut, res.Snapshots
@@ -178,17 +180,35 @@ func (f *Flow) finishBackup(ctx context.Context, m backup.Manifest) error {
 // completeBackup may be called again after a crash.
 func (f *Flow) completeBackup(ctx context.Context, m backup.Manifest, digest string) error {
 	f.tell("complete", "waiting for the snapshots")
-	var ids []backup.SnapshotID
-	for _, s := range m.Snapshots {
-		ids = append(ids, s.ID)
-	}
-	if err := f.Provider.Complete(ctx, ids, f.describe(m, digest)); err != nil {
-		return fmt.Errorf("complete the snapshots: %w", err)
+	described := f.describe(m, digest)
+	for _, members := range cuts(m) {
+		var ids []backup.SnapshotID
+		var tags []backup.Tags
+		for i, s := range m.Snapshots {
+			if slices.ContainsFunc(members, func(of backup.Member) bool { return of.Index == s.Member }) {
+				ids, tags = append(ids, s.ID), append(tags, described[i])
+			}
+		}
+		if err := f.Provider.Complete(ctx, ids, tags); err != nil {
+			return fmt.Errorf("complete the snapshots: %w", err)
+		}
 	}
 	if err := f.Catalog.PutComplete(ctx, backup.Complete{ID: m.ID, Digest: digest, Completed: time.Now().UTC()}); err != nil {
 		return err
 	}
 	return f.Catalog.EndIntent(ctx, m.ID)
+}
+
+// cuts lists what was cut at one instant each, as the provider knows it: all
+// members, or in backup mode those of one unit of filesystems after the other.
+func cuts(m backup.Manifest) (out [][]backup.Member) {
+	if m.Bracket == nil {
+		return [][]backup.Member{m.Topology.Members()}
+	}
+	for _, filesystems := range m.Topology.Units() {
+		out = append(out, m.Topology.MembersOf(filesystems))
+	}
+	return out
 }
 
 // undoBackup removes whatever a backup has made so far: found by its tags, not

@@ -30,8 +30,9 @@ type Options struct {
 	Topology backup.Topology
 	Mode     backup.Mode // auto, group, freeze or bracketed; none only for the drill
 	// Skew is for the drill: the time between two members, in mode bracketed
-	// between two filesystems.
+	// between two filesystems. Backward begins with the last of them.
 	Skew     time.Duration
+	Backward bool
 	Deadline time.Duration // of the watchdog, from the first FIFREEZE
 	Quick    time.Duration // a syncfs round this short ends the rounds
 	Rounds   int           // at most so many
@@ -73,6 +74,7 @@ func Run(ctx context.Context, p Provider, o Options) (res Result, err error) {
 	if err != nil {
 		return res, err
 	}
+	slices.SortFunc(res.Snapshots, func(a, b backup.Snapshot) int { return a.Member - b.Member })
 	return res, backup.CheckSet(members, res.Snapshots)
 }
 
@@ -88,7 +90,11 @@ func bracketed(ctx context.Context, p Provider, o Options) (res Result, err erro
 	skew := o.Skew
 	o.Mode, o.Skew = backup.ModeAuto, 0
 	all := backup.Cut{Achieved: backup.Bracketed, How: backup.ModeBracketed, Deadline: o.Deadline}
-	for i, filesystems := range o.Topology.Units() {
+	units := o.Topology.Units()
+	if o.Backward {
+		slices.Reverse(units)
+	}
+	for i, filesystems := range units {
 		if i > 0 && skew > 0 {
 			if err := wait(ctx, skew); err != nil {
 				return res, err
@@ -108,7 +114,6 @@ func bracketed(ctx context.Context, p Provider, o Options) (res Result, err erro
 		}
 		o.BeforeFreeze = nil
 	}
-	slices.SortFunc(res.Snapshots, func(a, b backup.Snapshot) int { return a.Member - b.Member })
 	first, lastRequest := res.Snapshots[0].Requested, res.Snapshots[0].Requested
 	for _, s := range res.Snapshots {
 		first, lastRequest = earlier(first, s.Requested), later(lastRequest, s.Requested)
@@ -148,6 +153,10 @@ func auto(ctx context.Context, p Provider, o Options, u unit) (Result, error) {
 }
 
 func run(ctx context.Context, p Provider, o Options, u unit) (res Result, err error) {
+	if o.Backward {
+		u.members = slices.Clone(u.members)
+		slices.Reverse(u.members)
+	}
 	set := provider.Set{Skew: o.Skew, Group: o.Mode == backup.ModeGroup}
 	total := len(o.Topology.Members())
 	for _, m := range u.members {
