@@ -30,6 +30,9 @@ type lost struct {
 
 func newLost(t *testing.T) *lost {
 	t.Helper()
+	if err := os.Chmod(filepath.Dir(binary(t)), 0o755); err != nil { // restore_command runs it as the server's user
+		t.Fatal(err)
+	}
 	l := newLab(t, "xfs", 8<<30)
 	x := &lost{etc: filepath.Join(l.dir, "etc"), inbox: pgtest.Mkdir(t, filepath.Join(l.dir, "inbox")), fresh: pgtest.Mkdir(t, filepath.Join(l.dir, "fresh"))}
 	pgtest.Mkdir(t, x.etc)
@@ -371,4 +374,213 @@ func (x *lost) goesOn(t *testing.T) {
 		t.Errorf("the new backup is of timeline %d", m.Server.Timeline)
 	}
 	x.must(t, "verify", string(m.ID), "--level", "rows")
+}
+
+// standing is the ledger of what took production's place, if any did.
+func (x *lost) standing(t testing.TB) *backup.Copy {
+	t.Helper()
+	for _, c := range x.copies(t) {
+		if c.InService() {
+			return &c
+		}
+	}
+	return nil
+}
+
+// destroyed takes away what is in production's place, as an operator would.
+func (x *lost) destroyed(t *testing.T, c backup.Copy) {
+	t.Helper()
+	x.stopServer(t)
+	for _, name := range c.Production.Storages {
+		x.destroy(t, name)
+	}
+	if err := os.Remove(filepath.Join(x.state, "copies", string(c.ID)+".json")); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range x.mounts {
+		if err := os.RemoveAll(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kept, _ := filepath.Glob(x.etc + "/*.before-*")
+	if len(kept) != 1 {
+		t.Errorf("kept beside what was placed: %q, want one", kept)
+	}
+	if err := os.RemoveAll(x.etc); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestProductionStoppedAnywhereIsNothingOrInService: a host whose pg_hba.conf
+// is another one, and the restore stopped at every outside call behind the
+// copy's recovery.
+func TestProductionStoppedAnywhereIsNothingOrInService(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	x := newLost(t)
+	x.write(t, 5)
+	id := x.backup(t)
+	x.lose(t)
+	t.Cleanup(func() {
+		if c := x.standing(detached{t}); c != nil {
+			x.takeAway(t, flow.Produced{Copy: *c})
+		}
+	})
+	const mine = "# of this host\n"
+	hba := filepath.Join(x.etc, "pg_hba.conf")
+	prepare := func(t *testing.T) {
+		t.Helper()
+		pgtest.Mkdir(t, x.etc)
+		if err := os.WriteFile(hba, []byte(mine), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	unmade := func(t *testing.T) { // what was there is there again, and nothing else
+		t.Helper()
+		entries, _ := os.ReadDir(x.etc)
+		if b, err := os.ReadFile(hba); err != nil || string(b) != mine || len(entries) != 1 {
+			t.Errorf("etc holds %v, pg_hba.conf %q, %v", entries, b, err)
+		}
+		if err := os.RemoveAll(x.etc); err != nil {
+			t.Fatal(err)
+		}
+		x.nothing(t)
+	}
+	args := x.args(id, x.newPlace()...)
+	prepare(t)
+	o := x.must(t, args...)
+	if got := x.ask(t, newRows); got != "5 5" {
+		t.Errorf("rows: got %s, want 5 5", got)
+	}
+	x.destroyed(t, *x.standing(t))
+	f := flowUnderFault{from: "postgres.start.done"}
+	faults := f.faults(o.points)
+	t.Logf("NOTE %d points, %d faults", len(o.points), len(faults))
+	service := slices.Index(o.points, "production.service") + 1
+	for _, fault := range faults {
+		action, at, _ := strings.Cut(fault, "@")
+		n, _ := strconv.Atoi(at)
+		t.Run(fault+" "+o.points[n-1], func(t *testing.T) {
+			prepare(t)
+			got := x.runWith(t, []string{"CLEANCUT_FAULT=" + fault}, args...)
+			c := x.standing(t)
+			if either := action == "cancel" && n == service; !either && (c != nil) != (n > service) {
+				t.Errorf("in service: %v, stopped at %d, service at %d", c != nil, n, service)
+			}
+			if action == "kill" && got.code != -1 || action == "error" && got.code != 1 && !(got.code == 4 && strings.HasPrefix(o.points[n-1], "postgres.stop")) { // the clean stop is a check
+				t.Errorf("exit %d", got.code)
+			}
+			if c == nil {
+				if action == "kill" {
+					x.must(t, "sweep")
+				}
+				unmade(t)
+			} else {
+				x.must(t, "sweep")
+				x.inService(t, *c)
+			}
+			if t.Failed() {
+				t.Logf("exit %d\n%s%s", got.code, got.out, got.err)
+			}
+		})
+	}
+}
+
+// inService: it stands, serves once it is started, and no second one is made.
+func (x *lost) inService(t *testing.T, c backup.Copy) {
+	t.Helper()
+	if o := x.run(t, x.args(c.Backup, x.newPlace()...)...); o.code != 1 || !strings.Contains(o.err, "place on this host already") && !strings.Contains(o.err, "the original answers") {
+		t.Errorf("a second one: exit %d\n%s", o.code, o.err)
+	}
+	if _, err := os.Stat(filepath.Join(x.server.DataDirectory, "postmaster.pid")); err != nil {
+		i := postgres.Site{Data: x.server.DataDirectory, Installation: x.server.Installation}
+		start, err := i.StartCommand()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.CommandContext(t.Context(), start[0], start[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", start, err, out)
+		}
+	}
+	eventually(t, "it takes connections", func() bool {
+		conn, err := postgres.Connect(t.Context(), postgres.Target{DSN: x.dsn})
+		return err == nil && conn.Close(t.Context()) == nil
+	})
+	if got := x.ask(t, newRows); got != "5 5" {
+		t.Errorf("rows: got %s, want 5 5", got)
+	}
+	x.destroyed(t, c)
+}
+
+// push puts the finished WAL of the running server into the catalog.
+func (x *lost) push(t *testing.T) {
+	t.Helper()
+	x.server.Exec(t, "SELECT pg_switch_wal()", "CHECKPOINT")
+	eventually(t, "the archiver has no backlog", func() bool {
+		ready, _ := filepath.Glob(filepath.Join(x.server.DataDirectory, "pg_wal", "archive_status", "*.ready"))
+		return len(ready) == 0
+	})
+	files, err := filepath.Glob(x.inbox + "/0*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		x.must(t, "wal", "push", f)
+	}
+}
+
+// TestProductionComesBackWithShippedWAL: what was committed after the backup
+// is there, up to the target.
+func TestProductionComesBackWithShippedWAL(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	x := newLost(t)
+	x.write(t, 10)
+	atomic := x.backup(t)
+	bracketed := x.manifestOf(t, x.must(t, "backup", "--json", "--mode", "bracketed", "--checkpoint", "fast")).ID
+	x.write(t, 5)
+	at := x.ask(t, "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')")
+	x.write(t, 7)
+	x.push(t)
+	x.write(t, 2) // in no place that is left
+	x.lose(t)
+	for _, c := range []struct {
+		name, want string
+		args       []string
+	}{
+		{"an atomic backup and all WAL", "22 22", x.args(atomic, "--target", "latest")},
+		{"an atomic backup and a moment", "15 15", x.args(atomic, "--target", "time="+at)},
+		{"the nearest backup to a moment", "15 15", slices.DeleteFunc(x.args(atomic, "--target", "time="+at), func(a string) bool { return a == string(atomic) })},
+		{"a bracketed backup alone", "10 10", x.args(bracketed, "--level", "rows")},
+		{"a bracketed backup and all WAL", "22 22", x.args(bracketed, "--target", "latest")},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			o := x.run(t, append(c.args, "--archive-command", "")...)
+			if o.code != 0 {
+				t.Fatalf("exit %d\n%s%s", o.code, o.out, o.err)
+			}
+			var p flow.Produced
+			if err := json.Unmarshal([]byte(o.out), &p); err != nil {
+				t.Fatal(err)
+			}
+			if got := x.ask(t, newRows); got != c.want || p.Timeline != 2 {
+				t.Errorf("rows %s, want %s, on timeline %d", got, c.want, p.Timeline)
+			}
+			if got := x.ask(t, "SHOW archive_mode"); got != "off" {
+				t.Errorf("archive_mode is %s", got)
+			}
+			x.must(t, "verify", "--level", "start", string(x.backup(t)))
+			x.takeAway(t, p)
+			if err := os.Remove(filepath.Join(x.state, "copies", string(p.Copy.ID)+".json")); err != nil {
+				t.Fatal(err)
+			}
+			for _, path := range append(slices.Clone(x.mounts), x.etc) {
+				if err := os.RemoveAll(path); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+	}
 }

@@ -148,6 +148,9 @@ func (f *Flow) stand(ctx context.Context, o ProductionOptions, r *Restored, file
 	if err := fault.Point(ctx, "production.service"); err != nil {
 		return err
 	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	c.Production.InService, c.Ready, c.DataDirectory, c.SocketDir, c.Port = true, true, stood.Site.Data, "", portOf(m)
 	for i, fs := range m.Topology.Filesystems {
 		c.Filesystems[i].Mountpoint = fs.Mountpoint
