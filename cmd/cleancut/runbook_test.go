@@ -25,35 +25,39 @@ type block struct {
 	reboot        bool // the machine is rebooted before it
 }
 
-// blocks takes from a page what stands below "<!-- run: -->".
+// blocks takes from a page what stands below "<!-- run: -->", and the output
+// right below it, if it is shown.
 func blocks(page string) []block {
 	var out []block
-	var now *[]string
-	var typed, output []string
-	run, reboot, at := false, false, 0
-	lines := strings.Split(page, "\n")
-	for i, line := range lines {
+	var b block
+	var text []string
+	run, reboot, typed := false, false, false // typed: b has its commands, and its output may follow
+	within := ""
+	for i, line := range strings.Split(page, "\n") {
 		switch {
-		case strings.HasPrefix(line, "<!-- reboot"):
-			reboot = true
-		case strings.HasPrefix(line, "<!-- run:"):
-			run = true
-		case line == "```sh" && run:
-			typed, now, at = nil, &typed, i+1
-		case line == "```text" && run:
-			output, now = nil, &output
-		case line == "```" && now == &typed:
-			now = nil
-		case line == "```" && now == &output:
-			out = append(out, block{at, strings.Join(typed, "\n"), strings.Join(output, "\n"), reboot})
-			now, run, reboot = nil, false, false
-		case line == "```sh" || line == "```text":
-			if run && len(typed) > 0 { // a block without output
-				out = append(out, block{at, strings.Join(typed, "\n"), "", reboot})
-				typed, run, reboot = nil, false, false
+		case within != "" && line != "```":
+			text = append(text, line)
+		case within == "output":
+			b.output = strings.Join(text, "\n")
+			out, typed, within = append(out, b), false, ""
+		case within == "typed":
+			b.typed = strings.Join(text, "\n")
+			typed, within = true, ""
+		case within != "":
+			within = ""
+		case line == "```text" && typed:
+			within, text = "output", nil
+		case line != "" && typed:
+			out, typed = append(out, b), false
+			fallthrough
+		default:
+			run = run || strings.HasPrefix(line, "<!-- run:")
+			reboot = reboot || strings.HasPrefix(line, "<!-- reboot")
+			if line == "```sh" && run {
+				b, within, text, run, reboot = block{line: i + 1, reboot: reboot}, "typed", nil, false, false
+			} else if strings.HasPrefix(line, "```") {
+				within, text = "shown", nil
 			}
-		case now != nil:
-			*now = append(*now, line)
 		}
 	}
 	return out

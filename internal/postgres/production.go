@@ -250,6 +250,16 @@ func quoteSetting(v string) string {
 // SettingIn looks for the last assignment of a setting in the text of a
 // configuration file; what it includes is not followed.
 func SettingIn(content []byte, name string) (value string, found bool) {
+	all := SettingsIn(content, name)
+	if len(all) == 0 {
+		return "", false
+	}
+	return all[len(all)-1], true
+}
+
+// SettingsIn is SettingIn for all assignments, in order: include_dir may come
+// more than once.
+func SettingsIn(content []byte, name string) (values []string) {
 	for line := range strings.Lines(string(content)) {
 		m := assignment.FindStringSubmatch(line)
 		if m == nil || !strings.EqualFold(m[1], name) {
@@ -257,13 +267,13 @@ func SettingIn(content []byte, name string) (value string, found bool) {
 		}
 		rest := strings.TrimSpace(line[len(m[0]):])
 		if quoted, ok := strings.CutPrefix(rest, "'"); ok {
-			value, found = unquoteSetting(quoted), true
+			values = append(values, unquoteSetting(quoted))
 		} else {
 			word, _, _ := strings.Cut(rest, "#")
-			value, found = strings.TrimSpace(word), true
+			values = append(values, strings.TrimSpace(word))
 		}
 	}
-	return value, found
+	return values
 }
 
 func unquoteSetting(s string) string {

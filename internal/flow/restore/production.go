@@ -126,6 +126,11 @@ func (s *Stood) plan(o StandOptions) error {
 	for _, f := range o.Manifest.Topology.Filesystems {
 		folder(f.Mountpoint)
 	}
+	for _, dir := range included(o.Files) {
+		if _, held := inCopy(*c, o.Manifest.Topology, dir); !held {
+			folder(dir)
+		}
+	}
 	for _, f := range o.Files {
 		if _, held := inCopy(*c, o.Manifest.Topology, f.Path); held {
 			if _, err := os.Lstat(c.Path(f.Path)); err == nil {
@@ -211,6 +216,33 @@ func mountOriginal(ctx context.Context, o StandOptions) error {
 	return nil
 }
 
+// included lists the folders whose files the configuration includes. The server
+// does not start without them, and an empty one is among no side files.
+func included(files []SideContent) []string {
+	var out []string
+	for _, f := range files {
+		for _, dir := range postgres.SettingsIn(f.Content, "include_dir") {
+			if !filepath.IsAbs(dir) {
+				dir = filepath.Join(filepath.Dir(f.Path), dir)
+			}
+			out = append(out, dir)
+		}
+	}
+	return out
+}
+
+// makeFolder makes a folder for configuration, if it is missing, which then
+// belongs to that owner.
+func makeFolder(dir string, uid, gid int) error {
+	if len(host.MissingFolders(dir)) == 0 {
+		return nil
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return os.Chown(dir, uid, gid)
+}
+
 // placeFiles puts the side files of the plan to their paths. What differs there
 // is kept beside them.
 func placeFiles(ctx context.Context, o StandOptions) error {
@@ -225,15 +257,8 @@ func placeFiles(ctx context.Context, o StandOptions) error {
 		if err != nil {
 			return fmt.Errorf("mode of %s: %w", f.Path, err)
 		}
-		dir := filepath.Dir(f.Path)
-		made := len(host.MissingFolders(dir)) > 0
-		if err := os.MkdirAll(dir, 0o755); err != nil {
+		if err := makeFolder(filepath.Dir(f.Path), uid, gid); err != nil {
 			return err
-		}
-		if made {
-			if err := os.Chown(dir, uid, gid); err != nil {
-				return err
-			}
 		}
 		if p.KeptAs != "" {
 			if err := os.Rename(p.Path, p.KeptAs); err != nil {
@@ -244,6 +269,11 @@ func placeFiles(ctx context.Context, o StandOptions) error {
 			return err
 		}
 		if err := host.PlaceFile(f.Path, f.Content, os.FileMode(mode), uid, gid); err != nil {
+			return err
+		}
+	}
+	for _, dir := range included(o.Files) {
+		if err := makeFolder(dir, int(o.Manifest.Server.UID), int(o.Manifest.Server.GID)); err != nil {
 			return err
 		}
 	}
