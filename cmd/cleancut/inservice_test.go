@@ -342,18 +342,7 @@ func (x *lost) archives(t *testing.T) {
 func (x *lost) reboots(t *testing.T, p flow.Produced) {
 	t.Helper()
 	x.stopServer(t)
-	var devices []string
-	for _, v := range p.Copy.Volumes {
-		devices = append(devices, v.Device)
-	}
-	if err := host.Release(t.Context(), devices); err != nil {
-		t.Fatal(err)
-	}
-	for _, v := range p.Copy.Volumes {
-		if err := x.provider(t).Detach(t.Context(), v.Volume); err != nil {
-			t.Fatal(err)
-		}
-	}
+	x.detach(t, p)
 	for _, name := range p.Copy.Production.Storages {
 		x.must(t, "storage", "attach", name, "--fstab", filepath.Join(x.dir, "fstab"), "--mdadm-conf", filepath.Join(x.dir, "mdadm.conf"))
 	}
@@ -362,6 +351,27 @@ func (x *lost) reboots(t *testing.T, p flow.Produced) {
 	}
 	if got := x.ask(t, newRows); got != "20 20" {
 		t.Errorf("rows after the reboot: %s", got)
+	}
+}
+
+// detach takes everything below production away, as a reboot does.
+func (x *lost) detach(t *testing.T, p flow.Produced) {
+	t.Helper()
+	inv, err := x.provider(t).List(t.Context(), p.Copy.Tags())
+	if err != nil || len(inv.Volumes) != len(p.Copy.Volumes) {
+		t.Fatalf("%d volumes, %v", len(inv.Volumes), err)
+	}
+	var devices []string
+	for _, v := range inv.Volumes {
+		devices = append(devices, v.Attached)
+	}
+	if err := host.Release(t.Context(), devices); err != nil {
+		t.Fatal(err)
+	}
+	for _, v := range inv.Volumes {
+		if err := x.provider(t).Detach(t.Context(), v.ID); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
@@ -582,5 +592,42 @@ func TestProductionComesBackWithShippedWAL(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestProductionComesBackOnLVM: a striped logical volume with ext4, under a new
+// group and a new filesystem UUID, also after a reboot.
+func TestProductionComesBackOnLVM(t *testing.T) {
+	if !labtest.Here(t, labtest.MD) {
+		return
+	}
+	l := newLab(t, "xfs", 8<<30)
+	mnt := l.storage(t, "data", "--volumes", "2", "--level", "lvm-striped", "--fs", "ext4")
+	x := &lost{production: &production{lab: l, mounts: []string{mnt}}, etc: filepath.Join(l.dir, "etc"), inbox: pgtest.Mkdir(t, filepath.Join(l.dir, "inbox")), fresh: pgtest.Mkdir(t, filepath.Join(l.dir, "fresh"))}
+	x.server = pgtest.New(t, pgtest.Options{Dir: pgtest.Mkdir(t, filepath.Join(l.dir, "run")), Data: filepath.Join(mnt, "pg"), Sync: true})
+	x.dsn = x.server.DSN("postgres")
+	x.server.Exec(t, "CREATE TABLE ledger (n bigint)", "CREATE TABLE mirror (n bigint)", "INSERT INTO ledger SELECT generate_series(0, 999)", "INSERT INTO mirror SELECT generate_series(0, 999)")
+	m := x.manifestOf(t, x.must(t, "backup", "--json"))
+	x.server.Stop(t)
+	x.destroy(t, "data")
+	if err := os.RemoveAll(mnt); err != nil {
+		t.Fatal(err)
+	}
+	p := x.produced(t, x.run(t, x.args(m.ID, x.newPlace()...)...))
+	for range 2 {
+		if got := x.ask(t, newRows); got != "1000 1000" {
+			t.Errorf("rows: got %s, want 1000 1000", got)
+		}
+		x.stopServer(t)
+		x.detach(t, p)
+		x.must(t, "storage", "attach", "main", "--fstab", filepath.Join(x.dir, "fstab"), "--mdadm-conf", filepath.Join(x.dir, "mdadm.conf"))
+		if out, err := exec.CommandContext(t.Context(), p.StartCommand[0], p.StartCommand[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", p.StartCommand, err, out)
+		}
+	}
+	now := x.manifestOf(t, x.must(t, "backup", "--json")).Topology.Filesystems[0]
+	was := m.Topology.Filesystems[0]
+	if now.UUID == was.UUID || now.Device.LogicalVolume.Group.UUID == was.Device.LogicalVolume.Group.UUID {
+		t.Errorf("identity: now %s %+v, was %s %+v", now.UUID, now.Device.LogicalVolume.Group, was.UUID, was.Device.LogicalVolume.Group)
 	}
 }

@@ -71,11 +71,20 @@ func (p *productionFlags) options(id backup.ID, until flow.Recovery, s settings)
 	return o
 }
 
-// produce prints what stands, also where the server did not start.
-func (a *app) produce(c *cobra.Command, f *flow.Flow, s settings, o flow.ProductionOptions) error {
+// produce prints what stands, also where the server did not start. hydrate, if
+// not nil, reads its volumes through afterwards.
+func (a *app) produce(c *cobra.Command, f *flow.Flow, s settings, o flow.ProductionOptions, hydrate *flow.HydrateOptions) error {
 	p, err := f.Produce(c.Context(), o)
 	if p.Copy.ID == "" {
 		return err
+	}
+	if hydrate != nil && err == nil {
+		stop := a.bars(hydrate)
+		after, herr := f.HydrateAt(c.Context(), p.Copy.Root, *hydrate)
+		stop()
+		if err = herr; after.ID != "" {
+			p.Copy = after
+		}
 	}
 	if perr := a.print(p, func() { a.producedText(p, s) }); err == nil {
 		err = perr
@@ -101,6 +110,11 @@ func (a *app) producedText(p flow.Produced, s settings) {
 		lines += ", " + c.Production.MdadmConf
 	}
 	a.line("  lines in:  %s", lines)
+	if h := c.Hydrated; h != nil {
+		a.line("  hydrated:  %s of %s", h.Bytes, h.Size)
+	} else if s.cluster.Provider == "ec2" {
+		a.line("  not hydrated: its volumes fetch each block from the snapshot when it is first read, slowly")
+	}
 	if p.Config != "" {
 		a.line("  config:    %s", p.Config)
 	}

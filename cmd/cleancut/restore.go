@@ -86,7 +86,11 @@ With a time and no id the latest backup that was cut before it is taken.`,
 				}
 			}
 			if production.on {
-				return a.produce(c, f, s, production.options(id, until, s))
+				warm := &o
+				if !hydrate {
+					warm = nil
+				}
+				return a.produce(c, f, s, production.options(id, until, s), warm)
 			}
 			r, release, err := f.Restore(c.Context(), flow.RestoreOptions{ID: id, Root: to, Purpose: backup.ForRestore, Recovery: until})
 			if err != nil {

@@ -111,6 +111,8 @@ func planCopies(x Facts) []Action {
 		switch {
 		case x.Busy[lockCopy(c.ID)]:
 			a.Kind, a.Why = OnlyList, "in use by a running "+string(c.Purpose)
+		case c.InService() && !hasVolume(c, x.Inventory):
+			a.Kind, a.Why = OnlyList, "was production at "+c.DataDirectory+"; its volumes are gone"
 		case c.InService():
 			a.Kind, a.Why = OnlyList, "production at "+c.DataDirectory+", restored from backup "+string(c.Backup)+": never removed"
 		case c.Purpose == backup.ForRestore && c.Ready:
@@ -148,6 +150,11 @@ func attachedOf(c backup.Copy, inv provider.Inventory) (provider.Volume, bool) {
 		}
 	}
 	return provider.Volume{}, false
+}
+
+// hasVolume: a volume of that copy is there.
+func hasVolume(c backup.Copy, inv provider.Inventory) bool {
+	return slices.ContainsFunc(inv.Volumes, func(v provider.Volume) bool { return v.Tags[backup.TagCopy] == string(c.ID) })
 }
 
 func strangers(x Facts) map[backup.ID]int {
