@@ -63,7 +63,8 @@ func blocks(page string) []block {
 	return out
 }
 
-// words is a text without what differs from run to run: all that has a digit.
+// words is a text without what differs from run to run: all that has a digit,
+// and doctor's warning about what was deleted in the last minutes.
 func words(text string) string {
 	var out []string
 	for line := range strings.Lines(text) {
@@ -73,7 +74,7 @@ func words(text string) string {
 				keep = append(keep, w)
 			}
 		}
-		if len(keep) > 0 {
+		if len(keep) > 0 && keep[0] != "warn" {
 			out = append(out, strings.Join(keep, " "))
 		}
 	}
