@@ -292,10 +292,10 @@ func TestBadLuckOfARestore(t *testing.T) {
 	})
 	run("the manifest is of a newer version", func(t *testing.T) {
 		p.edited(t, id, "manifest.json", func(b []byte) []byte {
-			return []byte(strings.Replace(string(b), `"version": 3`, `"version": 4, "new": true`, 1))
+			return []byte(strings.Replace(string(b), `"version": 4`, `"version": 5, "new": true`, 1))
 		}, func() {
-			restore(t, p.lab).refused(t, 1, "manifest version 4", "reads up to 3", "or a newer one")
-			p.leavesAlone(t, id, "unreadable", "manifest version 4")
+			restore(t, p.lab).refused(t, 1, "manifest version 5", "reads up to 4", "or a newer one")
+			p.leavesAlone(t, id, "unreadable", "manifest version 5")
 		})
 	})
 	run("another manifest than the one that was completed", func(t *testing.T) {

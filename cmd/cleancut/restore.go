@@ -15,10 +15,11 @@ import (
 
 func (a *app) restoreCommand() *cobra.Command {
 	var to, undo, rate string
+	var production productionFlags
 	var recovery func() (flow.Recovery, error)
 	var hydrate bool
 	c := &cobra.Command{
-		Use: "restore ID --to DIR", GroupID: "main", Args: cobra.ArbitraryArgs, // looked at below
+		Use: "restore ID --to DIR | --production", GroupID: "main", Args: cobra.ArbitraryArgs, // looked at below
 		Short: "Make a running, isolated copy of a backup that stays",
 		Long: `Make a copy of a backup: new volumes from its snapshots, assembled under a new
 identity, mounted below DIR, recovered by PostgreSQL, isolated from production
@@ -31,9 +32,9 @@ Volumes that EC2 makes from snapshots fetch each block when it is first read,
 slowly. --hydrate reads all of them through once the copy answers, and both
 times are told. If that fails or is interrupted the copy stays all the same
 (exit status 1); --hydrate --to DIR without an id reads a standing copy.
-` + recoveryHelp + `
+` + productionHelp + `` + recoveryHelp + `
 With a time and no id the latest backup that was cut before it is taken.`,
-		Example: "  cleancut restore 20261122T211704Z-5f3a9c --to /srv/copy\n  cleancut restore 20261122T211704Z-5f3a9c --to /srv/copy --hydrate --hydrate-rate 200M\n  cleancut restore --undo /srv/copy",
+		Example: "  cleancut restore 20261122T211704Z-5f3a9c --to /srv/copy\n  cleancut restore 20261122T211704Z-5f3a9c --to /srv/copy --hydrate --hydrate-rate 200M\n  cleancut restore --undo /srv/copy\n  cleancut restore 20261122T211704Z-5f3a9c --production --archive-command 'cleancut wal push --cluster main-2 %p'",
 		RunE: func(c *cobra.Command, args []string) error {
 			until, err := recovery()
 			if err != nil {
@@ -41,7 +42,11 @@ With a time and no id the latest backup that was cut before it is taken.`,
 			}
 			byTime := until.Target.Kind == backup.TargetTime && len(args) == 0
 			standing := hydrate && len(args) == 0 && to != "" && !byTime
+			if err := production.check(c, to, undo); err != nil {
+				return err
+			}
 			switch {
+			case production.on && (len(args) == 1 || byTime):
 			case undo != "" && (len(args) > 0 || to != "" || hydrate):
 				return fmt.Errorf("%w: --undo DIR stands alone", backup.ErrUsage)
 			case undo == "" && !standing && (len(args) != 1 && !byTime || to == ""):
@@ -61,7 +66,7 @@ With a time and no id the latest backup that was cut before it is taken.`,
 					return errors.Join(fmt.Errorf("%w: --hydrate-rate %q: want bytes a second, above zero, as in 200M", backup.ErrUsage, rate), err)
 				}
 			}
-			f, _, err := a.flow(c.Context())
+			f, s, err := a.flow(c.Context())
 			if err != nil {
 				return err
 			}
@@ -79,6 +84,13 @@ With a time and no id the latest backup that was cut before it is taken.`,
 				if id, err = f.Nearest(c.Context(), until.Target.Time); err != nil {
 					return err
 				}
+			}
+			if production.on {
+				warm := &o
+				if !hydrate {
+					warm = nil
+				}
+				return a.produce(c, f, s, production.options(id, until, s), warm)
 			}
 			r, release, err := f.Restore(c.Context(), flow.RestoreOptions{ID: id, Root: to, Purpose: backup.ForRestore, Recovery: until})
 			if err != nil {
@@ -102,6 +114,7 @@ With a time and no id the latest backup that was cut before it is taken.`,
 	c.Flags().BoolVar(&hydrate, "hydrate", false, "read all volumes of the copy through, once it answers")
 	c.Flags().StringVar(&rate, "hydrate-rate", "", "at most so many bytes a second over all volumes, as in 200M (default: no limit)")
 	recovery = recoveryFlags(c)
+	production.add(c)
 	return c
 }
 

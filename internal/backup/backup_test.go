@@ -142,8 +142,8 @@ func TestDecodeManifestRefuses(t *testing.T) {
 	}{
 		"nothing":                            {nil, "cut short"},
 		"a torn file":                        {whole[:len(whole)/2], "cut short"},
-		"a newer version, whatever is in it": {[]byte(`{"version": 4, "nowhere": {"to": "be found"}}`), "version 4"},
-		"no version":                         {replaced(`"version": 3`, `"version": 0`), "no version"},
+		"a newer version, whatever is in it": {[]byte(`{"version": 5, "nowhere": {"to": "be found"}}`), "version 5"},
+		"no version":                         {replaced(`"version": 4`, `"version": 0`), "no version"},
 		"an unknown key":                     {replaced(`"tool":`, `"tol":`), "tol"},
 		"something after the end":            {append(slices.Clone(whole), '}'), "cut short"},
 		"two manifests":                      {append(slices.Clone(whole), whole...), "cut short"},
@@ -164,7 +164,7 @@ func TestDecodeManifestRefuses(t *testing.T) {
 			}
 		})
 	}
-	_, err = backup.DecodeManifest([]byte(`{"version": 4}`))
+	_, err = backup.DecodeManifest([]byte(`{"version": 5}`))
 	if !errors.Is(err, backup.ErrUnsupported) || backup.HintOf(err) == "" {
 		t.Errorf("newer version: got %v (hint %q), want %v with a hint", err, backup.HintOf(err), backup.ErrUnsupported)
 	}

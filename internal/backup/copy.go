@@ -41,6 +41,7 @@ type Copy struct {
 	FirstQuery    float64          `json:"seconds_to_first_query"`         // from the server's start
 	Answered      float64          `json:"seconds_restore_to_first_query"` // from Created
 	Hydrated      *Hydration       `json:"hydrated"`                       // nil: nobody read the volumes through
+	Production    *Production      `json:"production,omitempty"`           // only ForProduction
 }
 
 // Hydration is how far the volumes of a copy were read through.

@@ -16,7 +16,7 @@ func FuzzDecodeManifest(f *testing.F) {
 		f.Add(b)
 		f.Add(b[:len(b)/3])
 	}
-	f.Add([]byte(`{"version":3}`))
+	f.Add([]byte(`{"version":4}`))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m, err := backup.DecodeManifest(b)
 		if err != nil {

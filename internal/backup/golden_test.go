@@ -102,7 +102,7 @@ func raid0() backup.Manifest {
 		Server: backup.Server{
 			SystemIdentifier: 7442618403113921842, VersionNum: 150018, Version: "15.18 (Debian 15.18-0+deb12u1)", Timeline: 1,
 			BlockSize: 8192, WALBlockSize: 8192, WALSegmentSize: 16 << 20, DataChecksums: true,
-			DataDirectory: "/srv/pg/15/main", UID: 105, GID: 113, Superuser: "postgres",
+			DataDirectory: "/srv/pg/15/main", UID: 105, GID: 113, User: "postgres", Superuser: "postgres",
 			Settings: map[string]string{
 				"archive_mode": "on", "archive_command": "test ! -f /srv/inbox/%f && cp %p /srv/inbox/%f",
 				"max_wal_size": "4096", "shared_buffers": "262144", "config_file": "/etc/postgresql/15/main/postgresql.conf",
@@ -137,7 +137,7 @@ func raid0() backup.Manifest {
 		},
 		Snapshots: snaps,
 		SideFiles: []backup.SideFile{
-			{Path: "/etc/postgresql/15/main/postgresql.conf", Name: "0", SHA256: strings.Repeat("3b7e", 16)},
+			{Path: "/etc/postgresql/15/main/postgresql.conf", Name: "0", SHA256: strings.Repeat("3b7e", 16), Mode: "0644", UID: 105, GID: 113},
 			{Path: "/etc/postgresql/15/main/pg_hba.conf", Name: "1", SHA256: strings.Repeat("90c4", 16)},
 		},
 	}

@@ -11,7 +11,7 @@ import (
 
 // ManifestVersion is the version this program writes. docs/manifest.md
 // describes every version ever written.
-const ManifestVersion = 3
+const ManifestVersion = 4
 
 // Consistency is what a cut achieved; design.md, "two sound ways".
 type Consistency string
@@ -66,8 +66,9 @@ type Server struct {
 	DataDirectory    string            `json:"data_directory"` // real path
 	UID              uint32            `json:"uid"`            // numeric owner of the data directory
 	GID              uint32            `json:"gid"`
-	Superuser        string            `json:"superuser"` // role the backup connected as
-	Settings         map[string]string `json:"settings"`  // settings that differ from the built-in defaults, secrets left out
+	User             string            `json:"user,omitempty"` // name of that owner on the server's host, if it has one
+	Superuser        string            `json:"superuser"`      // role the backup connected as
+	Settings         map[string]string `json:"settings"`       // settings that differ from the built-in defaults, secrets left out
 	Databases        []Database        `json:"databases"`
 	Unlogged         []string          `json:"unlogged,omitempty"` // database.schema.table; they come back empty
 	Notes            []string          `json:"notes,omitempty"`    // what preflight found worth telling
@@ -148,6 +149,11 @@ type SideFile struct {
 	Path   string `json:"path"` // where it was
 	Name   string `json:"name"` // below the backup's files/ in the catalog
 	SHA256 string `json:"sha256"`
+	// Mode is the file's permissions, octal, UID and GID its owner. Mode is
+	// empty in manifests before version 4, which do not know them.
+	Mode string `json:"mode,omitempty"`
+	UID  uint32 `json:"uid,omitempty"`
+	GID  uint32 `json:"gid,omitempty"`
 }
 
 // Complete is the second fact of a backup: every snapshot is durable.

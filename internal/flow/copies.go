@@ -28,6 +28,8 @@ type RestoreOptions struct {
 	// had been cut without backup mode: no label, no map, none of the WAL kept
 	// with it. The drill shows by it what bracketing is for. No command sets it.
 	CrashOnly bool
+	// production is what the copy is going to be in the end; see Produce.
+	production *backup.Production
 
 	// failed is given what stands when the restore has failed, before it is
 	// removed; it may be nil.
@@ -71,7 +73,7 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	if err != nil {
 		return r, nil, err
 	}
-	c := backup.Copy{ID: copyID, Backup: m.ID, Cluster: m.Cluster, Host: f.Host, Purpose: o.Purpose, Created: time.Now().UTC(), Major: m.Server.Major()}
+	c := backup.Copy{ID: copyID, Backup: m.ID, Cluster: m.Cluster, Host: f.Host, Purpose: o.Purpose, Created: time.Now().UTC(), Major: m.Server.Major(), Production: o.production}
 	release, err = f.State.Lock(lockCopy(c.ID))
 	if err != nil {
 		return r, nil, err
@@ -86,7 +88,7 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	}
 	r = Restored{Manifest: m, Installation: inst}
 	r.Copy, r.Instance, err = restore.Run(ctx, f.Provider, restore.Options{Manifest: m, Digest: entry.Complete.Digest, Copy: c, Installation: inst,
-		Segment: f.segment(m), Archive: beyond, Save: f.State.PutCopy, Progress: f.tell})
+		Segment: f.segment(m), Archive: beyond, NewTimeline: o.production != nil, Settings: productionSettings(m, o.production), Save: f.State.PutCopy, Progress: f.tell})
 	if err != nil {
 		if o.failed != nil {
 			o.failed(ctx, r.Copy, err)
@@ -133,7 +135,7 @@ func (f *Flow) undoCopy(ctx context.Context, c backup.Copy) error {
 	ctx, cancel := undoing(ctx)
 	defer cancel()
 	f.tell("undo", "removing copy "+string(c.ID))
-	if c.Ready { // from here on it is not meant to stay: sweep ends what we do not
+	if c.Ready && !c.InService() { // from here on it is not meant to stay: sweep ends what we do not
 		c.Ready = false
 		if err := f.State.PutCopy(c); err != nil {
 			return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, err)

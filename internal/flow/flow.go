@@ -19,6 +19,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"syscall"
 	"time"
 
 	"cleancut/internal/backup"
@@ -299,12 +300,28 @@ func (f *Flow) keepSideFiles(ctx context.Context, id backup.ID, paths []string) 
 			return out, fmt.Errorf("keep %s beside the manifest: %w", path, err)
 		}
 		side, err := f.Catalog.PutSideFile(ctx, id, n, path, content)
+		if err == nil {
+			err = ownership(&side)
+		}
 		if err != nil {
 			return out, err
 		}
 		out = append(out, side)
 	}
 	return out, nil
+}
+
+// ownership notes the permissions and the owner of a side file.
+func ownership(f *backup.SideFile) error {
+	info, err := os.Stat(f.Path)
+	if err != nil {
+		return fmt.Errorf("keep %s beside the manifest: %w", f.Path, err)
+	}
+	f.Mode = fmt.Sprintf("%04o", info.Mode().Perm())
+	if st, ok := info.Sys().(*syscall.Stat_t); ok {
+		f.UID, f.GID = st.Uid, st.Gid
+	}
+	return nil
 }
 
 func lockBackup(cluster string) string { return "backup-" + cluster }

@@ -220,12 +220,15 @@ func (f *Flow) inUse(ctx context.Context) (map[backup.ID]string, error) {
 	}
 	out := map[backup.ID]string{}
 	for _, v := range inv.Volumes {
+		if v.Tags[backup.TagStorage] != "" && v.Tags[backup.TagHost] == f.Host {
+			continue // production's place: the ledger says how far it is, and in service it stands by itself
+		}
 		if v.Tags[backup.TagCopy] != "" && v.Tags[backup.TagCluster] == f.Cluster {
 			out[backup.ID(v.Tags[backup.TagBackup])] = "copy " + v.Tags[backup.TagCopy] + " on host " + v.Tags[backup.TagHost]
 		}
 	}
 	for _, c := range copies {
-		if c.Cluster == f.Cluster {
+		if c.Cluster == f.Cluster && !c.InService() {
 			out[c.Backup] = "copy " + string(c.ID) + " for " + string(c.Purpose) + " at " + c.Root
 		}
 	}

@@ -111,6 +111,10 @@ func planCopies(x Facts) []Action {
 		switch {
 		case x.Busy[lockCopy(c.ID)]:
 			a.Kind, a.Why = OnlyList, "in use by a running "+string(c.Purpose)
+		case c.InService() && !hasVolume(c, x.Inventory):
+			a.Kind, a.Why = OnlyList, "was production at "+c.DataDirectory+"; its volumes are gone"
+		case c.InService():
+			a.Kind, a.Why = OnlyList, "production at "+c.DataDirectory+", restored from backup "+string(c.Backup)+": never removed"
 		case c.Purpose == backup.ForRestore && c.Ready:
 			a.Kind, a.Why = OnlyList, "a restored copy at "+c.Root+", meant to stay (remove it with `cleancut restore --undo "+c.Root+"`)"
 		default:
@@ -128,6 +132,8 @@ func planCopies(x Facts) []Action {
 		a := Action{Kind: RemoveCopy, Name: "copy " + id, Copy: c, Why: "its volumes are here, and this host's state knows nothing of it"}
 		if x.Busy[lockCopy(c.ID)] {
 			a.Kind, a.Why = OnlyList, "it is being made or removed"
+		} else if name, ok := v.Tags[backup.TagStorage]; ok {
+			a.Kind, a.Why = OnlyList, a.Why+"; but they were made to take production's place: if they are not that, `cleancut storage destroy "+name+"`"
 		} else if v, ok := attachedOf(c, x.Inventory); ok {
 			a.Kind, a.Why = OnlyList, a.Why+"; but volume "+string(v.ID)+" is attached as "+v.Attached+" (was the state folder lost? stop what uses it, detach it, sweep again)"
 		}
@@ -144,6 +150,11 @@ func attachedOf(c backup.Copy, inv provider.Inventory) (provider.Volume, bool) {
 		}
 	}
 	return provider.Volume{}, false
+}
+
+// hasVolume: a volume of that copy is there.
+func hasVolume(c backup.Copy, inv provider.Inventory) bool {
+	return slices.ContainsFunc(inv.Volumes, func(v provider.Volume) bool { return v.Tags[backup.TagCopy] == string(c.ID) })
 }
 
 func strangers(x Facts) map[backup.ID]int {

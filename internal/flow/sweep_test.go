@@ -31,6 +31,17 @@ func standing(id backup.ID, purpose backup.Purpose, ready bool) backup.Copy {
 	return backup.Copy{ID: id, Backup: first, Cluster: "main", Host: "prod", Purpose: purpose, Ready: ready, Root: "/srv/" + string(id)}
 }
 
+func inService(id backup.ID) backup.Copy {
+	c := standing(id, backup.ForProduction, true)
+	c.Production = &backup.Production{InService: true}
+	return c
+}
+
+func stored(v provider.Volume) provider.Volume {
+	v.Tags = v.Tags.With(backup.TagStorage, "main")
+	return v
+}
+
 func snapshots(id backup.ID, cluster string, n int) []provider.Snapshot {
 	var out []provider.Snapshot
 	for range n {
@@ -80,6 +91,10 @@ func TestPlanSweep(t *testing.T) {
 		{"an intent while a backup of another cluster runs", flow.Facts{Intents: []backup.Intent{intent(first, "prod")}, Busy: map[string]bool{"backup-else": true}}, "remove backup backup " + string(first), "interrupted"},
 		{"a restored copy that stands", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForRestore, true)}}, "leave copy " + string(second), "restore --undo /srv/" + string(second)},
 		{"a restore that was interrupted", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForRestore, false)}}, "remove copy copy " + string(second), "its restore or its removal was interrupted"},
+		{"production in service", flow.Facts{Copies: []backup.Copy{inService(second)}, Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "main", "/dev/loop7")}}}, "leave copy " + string(second), "never removed"},
+		{"production whose storage was destroyed", flow.Facts{Copies: []backup.Copy{inService(second)}}, "leave copy " + string(second), "its volumes are gone"},
+		{"production that was interrupted before it was in service", flow.Facts{Copies: []backup.Copy{{ID: second, Cluster: "main", Host: "prod", Purpose: backup.ForProduction, Ready: true, Production: &backup.Production{}}}}, "remove copy copy " + string(second), "interrupted"},
+		{"volumes in production's place without a ledger", flow.Facts{Inventory: provider.Inventory{Volumes: []provider.Volume{stored(volume(second, "prod", "main", ""))}}}, "leave copy " + string(second), "storage destroy main"},
 		{"a copy for verify that is ready", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForVerify, true)}}, "remove copy copy " + string(second), "its verify or its removal was interrupted"},
 		{"a copy for a dump that is ready", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForDump, true)}}, "remove copy copy " + string(second), "its dump or its removal was interrupted"},
 		{"a copy that somebody works on", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForVerify, false)}, Busy: map[string]bool{"copy-" + string(second): true}}, "leave copy " + string(second), "in use by a running verify"},

@@ -80,7 +80,7 @@ func packageOf(tool string) string {
 		return "dmsetup"
 	case strings.Contains(tool, "xfs"):
 		return "xfsprogs"
-	case tool == "e2fsck", strings.Contains(tool, "ext4"):
+	case tool == "e2fsck", tool == "tune2fs", strings.Contains(tool, "ext4"):
 		return "e2fsprogs"
 	case strings.HasPrefix(tool, "udev"):
 		return "udev"

@@ -187,12 +187,21 @@ func holdsData(rel string) bool {
 	return top == "base" || top == "global" || top == "PG_VERSION" || (strings.HasPrefix(top, "pg_") && !strings.HasSuffix(top, ".conf") && top != "pg_log" && top != "pg_stat")
 }
 
+// strayFile notes the links that verifyLinks took away.
+const strayFile = Private + "/links-removed.json"
+
+// stray is a link of production that led out of the copy.
+type stray struct {
+	Link string `json:"link"` // below the data directory
+	To   string `json:"to"`
+}
+
 // verifyLinks follows every link of the copy. One that leaves the root is
 // taken away where it is none of the server's data (log, certificates,
 // configuration: the copy has its own), and noted in Root/.cleancut; one that
 // should hold data is an error.
 func (c *image) verifyLinks(ctx context.Context) error {
-	var gone []string
+	var gone []stray
 	check := func(r *os.Root, top string) error {
 		return filepath.WalkDir(top, func(path string, e fs.DirEntry, err error) error {
 			if err != nil || ctx.Err() != nil {
@@ -216,7 +225,7 @@ func (c *image) verifyLinks(ctx context.Context) error {
 			if top != c.dataPath || holdsData(rel) {
 				return fmt.Errorf("the link %s leads out of the copy, to %s: %w", path, to, backup.ErrUnsupported)
 			}
-			gone = append(gone, rel+" → "+to)
+			gone = append(gone, stray{rel, to})
 			return r.Remove(rel)
 		})
 	}
@@ -239,5 +248,9 @@ func (c *image) verifyLinks(ctx context.Context) error {
 	if len(gone) == 0 {
 		return nil
 	}
-	return c.write(c.root, Private+"/links-removed.txt", strings.Join(gone, "\n")+"\n")
+	b, err := json.Marshal(gone)
+	if err != nil {
+		return err
+	}
+	return c.write(c.root, strayFile, string(b)+"\n")
 }

@@ -222,6 +222,9 @@ func (c *image) discard(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := c.noteSlots(); err != nil {
+		return err
+	}
 	for _, name := range emptied() {
 		if err := c.empty(name); err != nil {
 			return err

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -108,6 +110,9 @@ func seePlaces(_ context.Context, _ *pgx.Conn, r *Running) error {
 	r.DataDirectory, r.Server.DataDirectory = real, real
 	if r.Server.UID, r.Server.GID, err = owner(real); err != nil {
 		return err
+	}
+	if u, err := user.LookupId(strconv.FormatUint(uint64(r.Server.UID), 10)); err == nil {
+		r.Server.User = u.Username
 	}
 	if r.WALDirectory, err = filepath.EvalSymlinks(filepath.Join(real, "pg_wal")); err != nil {
 		return err
@@ -245,6 +250,15 @@ func askConfigFiles(ctx context.Context, conn *pgx.Conn, r *Running) error {
 	files, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	if err != nil {
 		return err
+	}
+	var config string
+	if err := conn.QueryRow(ctx, `SHOW config_file`).Scan(&config); err != nil {
+		return err
+	}
+	for _, name := range []string{"start.conf", "pg_ctl.conf", "environment"} { // of Debian's postgresql-common; elsewhere they are not there
+		if beside := filepath.Join(filepath.Dir(config), name); !slices.Contains(files, beside) {
+			files = append(files, beside)
+		}
 	}
 	for _, f := range files {
 		if !filepath.IsAbs(f) {

@@ -8,13 +8,15 @@ import (
 )
 
 // kept is recorded even where it has its built-in default, because Preflight
-// judges it or because recovery demands it of the copy
-// (CheckRequiredParameterValues).
+// judges it, or because recovery demands it of the copy
+// (CheckRequiredParameterValues) or of what takes production's place.
 func kept() []string {
 	return []string{
 		"fsync", "full_page_writes", "synchronous_commit", "wal_writer_delay", "wal_level", "wal_log_hints", "archive_mode",
 		"max_connections", "max_worker_processes", "max_wal_senders", "max_prepared_transactions", "max_locks_per_transaction",
 		"shared_preload_libraries",
+		// Where the server is found again, and what a restore in its place needs to know.
+		"config_file", "port", "listen_addresses", "unix_socket_directories", "synchronous_standby_names", "track_commit_timestamp",
 	}
 }
 

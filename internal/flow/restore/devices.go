@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os/exec"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -55,7 +54,7 @@ func attachVolumes(ctx context.Context, p Provider, m backup.Manifest, c *backup
 			v := &c.Volumes[i]
 			*v = backup.CopyVolume{Member: s.Member, Snapshot: s.ID}
 			made, err := p.CreateVolume(ctx, provider.VolumeSpec{Token: fmt.Sprintf("%s-%d", c.ID, s.Member), From: s.ID,
-				Tags: c.Tags().With(backup.TagMember, strconv.Itoa(s.Member))})
+				Tags: c.VolumeTags(m.Topology.Members()[s.Member])})
 			if err != nil {
 				errs[i] = fmt.Errorf("volume from snapshot %s: %w", s.ID, err)
 				return
@@ -170,14 +169,7 @@ func groupName(id backup.ID, original string) string {
 // the options of the original. XFS gets nouuid: the original may be mounted on
 // the same host.
 func mount(ctx context.Context, m backup.Manifest, c *backup.Copy) error {
-	order := make([]int, len(c.Filesystems))
-	for i := range order {
-		order[i] = i
-	}
-	sort.Slice(order, func(a, b int) bool {
-		return len(c.Filesystems[order[a]].Mountpoint) < len(c.Filesystems[order[b]].Mountpoint)
-	})
-	for _, i := range order {
+	for _, i := range byDepth(*c, false) {
 		fs := c.Filesystems[i]
 		options := slices.Clone(m.Topology.Filesystems[i].Options)
 		if fs.Type == "xfs" {

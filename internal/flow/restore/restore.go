@@ -68,9 +68,13 @@ type Options struct {
 	Installation postgres.Installation
 	// Segment opens a WAL file of a bracketed backup.
 	Segment  func(ctx context.Context, name string) (io.ReadCloser, error)
-	Archive  *Archive                // nil: recovery needs nothing beyond the backup
-	Save     func(backup.Copy) error // writes the ledger
-	Progress func(phase, detail string)
+	Archive  *Archive          // nil: recovery needs nothing beyond the backup
+	Settings map[string]string // more for the copy's server, beating all others; may be nil
+	// NewTimeline lets recovery end on a timeline of its own in any case, also
+	// of an atomic cut without an archive.
+	NewTimeline bool
+	Save        func(backup.Copy) error // writes the ledger
+	Progress    func(phase, detail string)
 }
 
 // Archive is the recovery beyond a backup.
@@ -121,7 +125,7 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 	c.DataDirectory = c.Path(data.Path)
 	plan := postgres.Plan{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Places: m.Topology.Places,
 		Map:     func(original string) (string, bool) { return inCopy(*c, m.Topology, original) },
-		Bracket: m.Bracket, Segment: o.Segment, Archive: o.Archive != nil}
+		Bracket: m.Bracket, Segment: o.Segment, Archive: o.Archive != nil || o.NewTimeline}
 	if err := postgres.Prepare(ctx, plan); err != nil {
 		return nil, blame(ctx, c.DataDirectory, err)
 	}
@@ -141,7 +145,7 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 func start(ctx context.Context, o Options, c *backup.Copy) (*postgres.Instance, error) {
 	copied := postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: o.Manifest.Server, Installation: o.Installation}
 	if o.Archive == nil {
-		copied.Settings = recovery(o.Manifest)
+		copied.Settings = with(recovery(o.Manifest, o.NewTimeline), o.Settings)
 		instance, err := postgres.Start(ctx, copied)
 		if err != nil {
 			return nil, blame(ctx, c.DataDirectory, err)
@@ -149,7 +153,7 @@ func start(ctx context.Context, o Options, c *backup.Copy) (*postgres.Instance, 
 		return instance, nil
 	}
 	socket := filepath.Join(c.Root, postgres.Private, "wal")
-	copied.Settings = maps.Clone(o.Archive.Settings)
+	copied.Settings = with(o.Archive.Settings, o.Settings)
 	copied.Settings["restore_command"] = o.Archive.Command(socket)
 	stop, err := o.Archive.Serve(ctx, socket, o.Manifest.Server.UID, o.Manifest.Server.GID)
 	if err != nil {
@@ -179,9 +183,10 @@ var unreached = regexp.MustCompile(`recovery ended before configured recovery ta
 // mode did: all of it is in pg_wal, and the "archive" never has a file. A
 // target, "immediate" too, would need one record more. The timeline is the
 // label's own: to follow another one, or to name it by number, takes a history
-// file.
-func recovery(m backup.Manifest) map[string]string {
-	if m.Bracket == nil {
+// file. The same gives an atomic cut a timeline of its own: its WAL is replayed
+// first (InitWalRecovery), then none is found in the archive.
+func recovery(m backup.Manifest, newTimeline bool) map[string]string {
+	if m.Bracket == nil && !newTimeline {
 		return nil
 	}
 	return map[string]string{"restore_command": "false", "recovery_target_timeline": "current"}
@@ -229,4 +234,14 @@ func inCopy(c backup.Copy, t backup.Topology, original string) (string, bool) {
 		}
 	}
 	return "", false
+}
+
+// with returns all settings; those of more beat the others.
+func with(settings, more map[string]string) map[string]string {
+	out := maps.Clone(settings)
+	if out == nil {
+		out = map[string]string{}
+	}
+	maps.Copy(out, more)
+	return out
 }

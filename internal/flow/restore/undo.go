@@ -17,7 +17,12 @@ import (
 // the provider confirms, not by what the ledger hopes for, so it also works
 // after a crash in the middle of Run and may be called again. What it cannot
 // remove is in the error, which then wraps backup.ErrLeft.
+// What has become production is never undone: ErrInUse.
 func Undo(ctx context.Context, p Provider, c backup.Copy) error {
+	if c.InService() {
+		return backup.Hint(fmt.Errorf("%s of cluster %s is production since it was put into service: %w", c.DataDirectory, c.Cluster, backup.ErrInUse),
+			"nothing removes it but `cleancut storage destroy`, with its server stopped: see docs/runbook.md")
+	}
 	var err error
 	for range 3 { // udev may bring an array or a group up once more before its volumes are detached
 		var again bool
@@ -27,6 +32,9 @@ func Undo(ctx context.Context, p Provider, c backup.Copy) error {
 	}
 	if err != nil {
 		return err
+	}
+	if err := withdraw(c); err != nil {
+		return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, err)
 	}
 	return removeFolders(c)
 }

@@ -26,8 +26,9 @@ type Need int
 
 // The needs.
 const (
-	Root Need = iota // loop devices, mounts, freezes
-	MD               // and md arrays
+	Root  Need = iota // loop devices, mounts, freezes
+	MD                // and md arrays
+	Guest             // all of it, and a machine of its own: the test writes to /etc
 )
 
 // What is handed to the test in the guest: the program built on the host, and
@@ -59,7 +60,7 @@ func Here(t *testing.T, need Need) bool {
 	if testing.Short() {
 		t.Skip("needs real devices: run `make test`")
 	}
-	if os.Geteuid() == 0 && (need == Root || host.HasMD(t.Context())) {
+	if os.Geteuid() == 0 && (need == Root || host.HasMD(t.Context())) && (need != Guest || uml.Inside()) {
 		showServers(t)
 		return true
 	}
