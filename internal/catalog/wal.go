@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"time"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -28,13 +27,6 @@ func (c *Catalog) WAL() WAL { return WAL{c: c} }
 
 // BackupWAL returns the WAL that was captured with one backup.
 func (c *Catalog) BackupWAL(id backup.ID) WAL { return WAL{c: c, backup: id} }
-
-// StoredWAL is a file of WAL in the catalog.
-type StoredWAL struct {
-	File   wal.File
-	Size   backup.Bytes // as stored
-	Stored time.Time    // by the store's clock
-}
 
 // folder returns the prefix of all keys, with a slash at its end.
 func (w WAL) folder() (string, error) {
@@ -306,7 +298,7 @@ func (w WAL) History(ctx context.Context, t wal.Timeline) (wal.History, error) {
 
 // List returns the files that are there, by timeline and position. What has no
 // name of a WAL file does not count.
-func (w WAL) List(ctx context.Context) ([]StoredWAL, error) {
+func (w WAL) List(ctx context.Context) ([]wal.Stored, error) {
 	folder, err := w.folder()
 	if err != nil {
 		return nil, err
@@ -315,12 +307,12 @@ func (w WAL) List(ctx context.Context) ([]StoredWAL, error) {
 	if err != nil {
 		return nil, err
 	}
-	var out []StoredWAL
+	var out []wal.Stored
 	for _, o := range objects {
 		name, ok := strings.CutSuffix(o.Key[strings.LastIndexByte(o.Key, '/')+1:], ".zst")
 		f, err := wal.ParseFile(name)
 		if key, _ := w.key(f); ok && err == nil && key == o.Key {
-			out = append(out, StoredWAL{File: f, Size: o.Size, Stored: o.Modified})
+			out = append(out, wal.Stored{File: f, Size: o.Size, Stored: o.Modified})
 		}
 	}
 	return out, nil

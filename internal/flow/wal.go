@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"cleancut/internal/backup"
-	"cleancut/internal/catalog"
 	"cleancut/internal/flow/archive"
 	"cleancut/internal/postgres"
 	"cleancut/internal/postgres/replication"
@@ -201,7 +200,7 @@ func (f *Flow) ListWAL(ctx context.Context) (out WALList, err error) {
 }
 
 // readWAL fills in what the names say, and the histories.
-func (f *Flow) readWAL(ctx context.Context, out *WALList, files []catalog.StoredWAL) {
+func (f *Flow) readWAL(ctx context.Context, out *WALList, files []wal.Stored) {
 	size := out.System.SegmentSize
 	out.set, out.stored = wal.Set{}, map[wal.Segment]time.Time{}
 	known := map[wal.Timeline]bool{}
