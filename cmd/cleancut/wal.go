@@ -291,6 +291,9 @@ func (a *app) walText(s settings, l flow.WALList) {
 		}
 		a.table(rows)
 	}
+	if l.System != nil && len(l.Backups) > 0 {
+		a.line("%s", sinceText(l.Since))
+	}
 	if st := l.Stream; st != nil {
 		a.line("\nstream on this host, %s ago: %s, timeline %d, %s behind the server, %s not in the catalog yet", time.Since(st.Updated).Round(time.Second), st.State, st.Timeline, st.Lag, st.Unstored)
 		if st.Error != "" {
