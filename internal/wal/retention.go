@@ -117,6 +117,9 @@ type planner struct {
 
 func newPlanner(f Facts, now time.Time) *planner {
 	p := &planner{Facts: f, size: f.System.SegmentSize, set: Set{}, cuts: map[backup.ID]cut{}, late: map[Timeline]uint64{}, limit: now.Add(-time.Duration(f.Window))}
+	if err := CheckSize(p.size); err != nil { // its record is missing
+		p.size, p.Doubt = 16<<20, cmp.Or(p.Doubt, err.Error())
+	}
 	known := map[Timeline]bool{}
 	for _, s := range f.Files {
 		known[s.File.Timeline] = true

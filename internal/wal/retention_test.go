@@ -112,6 +112,7 @@ func TestWALGoesWhenNobodyNeedsIt(t *testing.T) {
 			return f
 		}(), "", "12", "system.json is damaged"},
 		{"the clock stepped back: a backup cannot be older than what its WAL follows", facts("7d", nil, []wal.Backup{taken(4, 1, 4), taken(16, 1, 8), edit(taken(18, 1, 9), func(b *wal.Backup) { b.Cut = day(5) })}, row(1, 1, 12, 1)), "1:1-3", "4 16", ""},
+		{"the clock stepped back: of two that look equally old the earlier position counts", facts("7d", nil, []wal.Backup{taken(4, 1, 4), edit(taken(18, 1, 9), func(b *wal.Backup) { b.Cut = day(3) })}, row(1, 1, 12, 1)), "1:1-3", "4", ""},
 		{"the clock stepped forth: a backup from the future begins no window", facts("7d", nil, []wal.Backup{taken(4, 1, 4), taken(40, 1, 8)}, row(1, 1, 12, 1)), "1:1-3", "4", ""},
 		{"the catalog's clock: what was stored in the future or long ago is judged the same", facts("7d", nil, []wal.Backup{taken(3, 1, 5), taken(12, 1, 7), taken(15, 1, 9)}, row(1, 1, 6, 400), row(1, 7, 12, -400)), "1:1-6", "12", ""},
 		{"what else PostgreSQL archives goes with its segment", facts("7d", nil, []wal.Backup{taken(12, 1, 7)}, row(1, 4, 8, 1), []wal.Stored{{File: wal.File{Kind: wal.Label, Timeline: 1, Low: 5, Offset: 40}}, {File: wal.File{Kind: wal.Partial, Timeline: 1, Low: 9}}}), "1:4-6", "12", ""},
