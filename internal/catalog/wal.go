@@ -318,6 +318,29 @@ func (w WAL) List(ctx context.Context) ([]wal.Stored, error) {
 	return out, nil
 }
 
+// Behind returns the next segment of f's timeline that is there, up to 4 GiB
+// of WAL behind it at least; backup.ErrNotFound: there is none.
+func (w WAL) Behind(ctx context.Context, f wal.File) (wal.File, error) {
+	own, err := w.key(f)
+	if err != nil {
+		return wal.File{}, err
+	}
+	folder := own[:strings.LastIndexByte(own, '/')+1]
+	for _, high := range []uint32{f.High, f.High + 1} {
+		objects, err := w.c.store.List(ctx, fmt.Sprintf("%s%s%08X", folder, f.Timeline, high))
+		if err != nil {
+			return wal.File{}, err
+		}
+		for _, o := range objects {
+			g, err := wal.ParseFile(strings.TrimSuffix(strings.TrimPrefix(o.Key, folder), ".zst"))
+			if err == nil && g.Kind == wal.Whole && o.Key > own {
+				return g, nil
+			}
+		}
+	}
+	return wal.File{}, fmt.Errorf("WAL behind %s: %w", f, backup.ErrNotFound)
+}
+
 // Delete removes one file; nil if it is not there.
 func (w WAL) Delete(ctx context.Context, f wal.File) error {
 	key, err := w.key(f)

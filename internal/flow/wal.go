@@ -42,15 +42,16 @@ func (f *Flow) PushWAL(ctx context.Context, path string) error {
 }
 
 // FetchWAL puts the file with that name at to, for restore_command: its %f and
-// %p. ahead, which may be nil, starts PrefetchWAL with the same two in another
+// %p. A missing segment before others is an error, but not for a standby, which
+// may get it from elsewhere. ahead, which may be nil, starts PrefetchWAL with the same two in another
 // process. Errors are those of archive.Fetch: only backup.ErrNotFound means
 // that the catalog does not have it.
-func (f *Flow) FetchWAL(ctx context.Context, name, to string, ahead func(ctx context.Context) error) error {
+func (f *Flow) FetchWAL(ctx context.Context, name, to string, standby bool, ahead func(ctx context.Context) error) error {
 	o, err := f.fetchOptions(name, to)
 	if err != nil {
 		return err
 	}
-	o.Ahead = ahead
+	o.Ahead, o.Unbroken = ahead, !standby
 	return archive.Fetch(ctx, o)
 }
 
@@ -271,6 +272,15 @@ func (l *WALList) describe(r wal.Range, before []WALRange) WALRange {
 		out.Missing = uint64(out.Start-before[n-1].End) / uint64(size)
 	}
 	return out
+}
+
+// listed reports of a file whether it is a segment from that position on that
+// was there.
+func (l *WALList) listed(from backup.LSN) func(wal.File) bool {
+	return func(f wal.File) bool {
+		g, err := f.Segment(l.System.SegmentSize)
+		return f.Kind == wal.Whole && err == nil && g.End(l.System.SegmentSize) > from && l.set[g]
+	}
 }
 
 // reach follows the WAL from a backup's cut along every timeline that descends
