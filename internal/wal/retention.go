@@ -505,7 +505,7 @@ func (p *planner) judge(needs []need) func(Stored) (keep bool, why string) {
 		}
 		for _, h := range p.lines {
 			if n, ok := before[h.Timeline]; ok && g.Number < p.first(n.of) && h.Path(g.Number, p.size) == g {
-				return false, "before all WAL that a kept backup on its way needs"
+				return false, "the backups that need WAL were cut later"
 			}
 		}
 		switch why := p.live(g.Timeline, g.Number); {
