@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -11,6 +12,7 @@ import (
 
 	"cleancut/internal/backup"
 	"cleancut/internal/flow"
+	"cleancut/internal/wal"
 )
 
 // retentionConfig is [retention] and [cluster.NAME.retention]; nil: not given.
@@ -19,6 +21,8 @@ type retentionConfig struct {
 	Daily   *int `toml:"daily"`
 	Weekly  *int `toml:"weekly"`
 	Monthly *int `toml:"monthly"`
+
+	WALWindow *backup.Span `toml:"wal_window"`
 }
 
 // pruneResult is the JSON of prune.
@@ -29,13 +33,14 @@ type pruneResult struct {
 	Rules   backup.Retention `json:"rules"`
 	Keep    []backup.Choice  `json:"keep"`
 	Remove  []flow.Pruned    `json:"remove"`
+	WAL     *flow.PrunedWAL  `json:"wal"` // null: the catalog has no WAL
 }
 
 func (a *app) pruneCommand() *cobra.Command {
 	var dry bool
 	c := &cobra.Command{
 		Use: "prune", GroupID: "care", Args: exactly(0, ""),
-		Short: "Delete the backups that no retention rule keeps",
+		Short: "Delete the backups that no retention rule keeps, and the WAL that none needs",
 		Long: `Delete the backups that no rule keeps, each as a whole set. The rules come from
 the flags, else from [cluster.NAME.retention], else from [retention] in the
 configuration, each number for itself; 0 is no rule. A backup stays if any rule
@@ -46,10 +51,16 @@ is deleted (exit status 2).
 Only complete backups count. Never deleted: what is held, in use by a copy, of
 the future, or unreadable; the newest backup with a good verdict; and while none
 has one, the newest 3 and the damaged ones. What is incomplete is left to sweep.
-A damaged backup takes no place of a sound one.`,
-		Example: "  cleancut prune --keep-last 3 --keep-daily 7 --keep-weekly 4 --dry-run\n  cleancut prune      # by the rules of the configuration",
+A damaged backup takes no place of a sound one.
+
+The WAL in the catalog follows. Without --wal-window all stays that a kept
+backup can be recovered by. With it every moment of that window stays
+recoverable: the latest backup before the window stays, whatever the rules say,
+and the WAL from it on; older backups then recover to their own end only. What
+cannot be told keeps WAL, and the plan says why.`,
+		Example: "  cleancut prune --keep-last 3 --keep-daily 7 --keep-weekly 4 --wal-window 14d --dry-run\n  cleancut prune      # by the rules of the configuration",
 		RunE: func(c *cobra.Command, _ []string) error {
-			rules, err := a.retention(c)
+			rules, window, err := a.retention(c)
 			if err != nil {
 				return err
 			}
@@ -57,21 +68,25 @@ A damaged backup takes no place of a sound one.`,
 			if err != nil {
 				return err
 			}
-			facts, err := f.PruneFacts(c.Context())
+			plan, err := f.PlanPrune(c.Context(), rules, window)
 			if err != nil {
 				return err
 			}
-			keep, remove, err := backup.PlanRetention(facts, rules, time.Now())
-			if err != nil {
-				return err
-			}
-			res := pruneResult{Cluster: f.Cluster, DryRun: dry, Rules: rules, Keep: append([]backup.Choice{}, keep...), Remove: []flow.Pruned{}}
+			res := pruneResult{Cluster: f.Cluster, DryRun: dry, Rules: rules, Keep: append([]backup.Choice{}, plan.Keep...), Remove: []flow.Pruned{}}
 			if dry {
-				for _, r := range remove {
+				for _, r := range plan.Remove {
 					res.Remove = append(res.Remove, flow.Pruned{Choice: r})
 				}
+				if plan.WAL != nil {
+					res.WAL = &flow.PrunedWAL{Plan: *plan.WAL}
+				}
 			} else {
-				res.Remove, err = f.Prune(c.Context(), remove)
+				res.Remove, err = f.Prune(c.Context(), plan.Remove)
+				var failed error
+				if c.Context().Err() == nil {
+					res.WAL, failed = f.PruneWAL(c.Context(), window)
+				}
+				err = errors.Join(err, failed)
 			}
 			res.OK = err == nil
 			if perr := a.print(res, func() { a.pruneText(res) }); err == nil {
@@ -81,11 +96,14 @@ A damaged backup takes no place of a sound one.`,
 		},
 	}
 	c.Flags().BoolVar(&dry, "dry-run", false, "only show the plan")
+	c.Flags().String(windowFlag, "", "keep the WAL and the backup by which every moment of this window can be recovered: 7d, 36h [$"+variable(windowFlag)+"]")
 	for _, r := range keepFlags() {
 		c.Flags().Int(r.flag, 0, r.usage+" [$"+variable(r.flag)+"]")
 	}
 	return c
 }
+
+const windowFlag = "wal-window"
 
 // keepFlag is one rule of retention and where it may be given.
 type keepFlag struct {
@@ -105,10 +123,10 @@ func keepFlags() []keepFlag {
 
 // retention puts the rules together: flag, variable, the cluster's section,
 // the general one.
-func (a *app) retention(c *cobra.Command) (r backup.Retention, err error) {
+func (a *app) retention(c *cobra.Command) (r backup.Retention, window backup.Span, err error) {
 	s, err := a.settings()
 	if err != nil {
-		return r, err
+		return r, window, err
 	}
 	for _, k := range keepFlags() {
 		to := k.to(&r)
@@ -120,16 +138,39 @@ func (a *app) retention(c *cobra.Command) (r backup.Retention, err error) {
 		}
 		if v := os.Getenv(variable(k.flag)); v != "" {
 			if *to, err = strconv.Atoi(v); err != nil {
-				return r, fmt.Errorf("%w: %s=%q is no number", backup.ErrUsage, variable(k.flag), v)
+				return r, window, fmt.Errorf("%w: %s=%q is no number", backup.ErrUsage, variable(k.flag), v)
 			}
 		}
 		if c.Flags().Changed(k.flag) {
 			if *to, err = c.Flags().GetInt(k.flag); err != nil {
-				return r, err
+				return r, window, err
 			}
 		}
 	}
-	return r, r.Check()
+	if window, err = promised(c, s); err != nil {
+		return r, window, err
+	}
+	return r, window, r.Check()
+}
+
+// promised puts the window of WAL together in the same way.
+func promised(c *cobra.Command, s settings) (window backup.Span, err error) {
+	for _, w := range []*backup.Span{s.Retention.WALWindow, s.cluster.Retention.WALWindow} {
+		if w != nil {
+			window = *w
+		}
+	}
+	if v := os.Getenv(variable(windowFlag)); v != "" {
+		if window, err = backup.ParseSpan(v); err != nil {
+			return 0, fmt.Errorf("%s: %w", variable(windowFlag), err)
+		}
+	}
+	if f := c.Flags().Lookup(windowFlag); f.Changed {
+		if window, err = backup.ParseSpan(f.Value.String()); err != nil {
+			return 0, fmt.Errorf("--%s: %w", windowFlag, err)
+		}
+	}
+	return window, nil
 }
 
 func (a *app) pruneText(res pruneResult) {
@@ -151,7 +192,46 @@ func (a *app) pruneText(res pruneResult) {
 	}
 	if len(rows) == 0 {
 		a.line("no backups of cluster %s", res.Cluster)
-		return
+	} else {
+		a.table(rows)
 	}
+	if res.WAL != nil {
+		a.pruneWALText(res.DryRun, *res.WAL)
+	}
+}
+
+func (a *app) pruneWALText(dry bool, w flow.PrunedWAL) {
+	did := "delete: done"
+	switch {
+	case dry:
+		did = "delete"
+	case !w.Done:
+		did = "delete: NOT ALL"
+	}
+	rows := [][]string{{"\nWAL", "FIRST", "LAST", "FILES", "SIZE", ""}}
+	add := func(what string, parts []wal.Part) {
+		for _, p := range parts {
+			rows = append(rows, []string{what, p.First.String(), p.Last.String(), strconv.Itoa(p.Files), p.Bytes.String(), p.Why})
+		}
+	}
+	add("keep", w.Keep)
+	add(did, w.Remove)
 	a.table(rows)
+	if w.Doubt != "" {
+		a.line("\nno WAL is deleted: %s", w.Doubt)
+	}
+	for _, b := range w.Backups {
+		if len(b.Before) > 0 && len(b.After) == 0 {
+			a.line("backup %s recovers to its own end only: it is older than the promised window of %s", b.ID, w.Window)
+		}
+	}
+	a.line("%s", sinceText(w.Since))
+}
+
+// sinceText says from when on the cluster can be recovered to any moment.
+func sinceText(since *time.Time) string {
+	if since == nil {
+		return "no WAL leads on from the newest backup"
+	}
+	return "every moment since " + since.UTC().Format(time.RFC3339) + " can be recovered, up to the end of the WAL"
 }

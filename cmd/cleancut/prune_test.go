@@ -20,6 +20,9 @@ func TestWrongRequestsOfRetentionExitWith2(t *testing.T) {
 		{"prune --keep-last 0", "no rule says what to keep"},
 		{"prune --keep-last -1", "below zero"},
 		{"prune --keep-last many", "many|prune --help"},
+		{"prune --keep-last 1 --wal-window soon", "--wal-window|soon|7d"},
+		{"prune --keep-last 1 --wal-window -7d", "--wal-window|-7d"},
+		{"prune --wal-window 7d", "no rule says what to keep"},
 		{"prune surplus", "takes no arguments"},
 		{"hold", "wants the id of a backup"},
 		{"hold nonsense", "is no backup id"},
@@ -42,6 +45,17 @@ func TestWrongRequestsOfRetentionExitWith2(t *testing.T) {
 	}
 	t.Run("a variable that is no number", func(t *testing.T) {
 		bare(t).runWith(t, []string{"CLEANCUT_KEEP_DAILY=all"}, "prune").refused(t, 2, "CLEANCUT_KEEP_DAILY", "all")
+	})
+	t.Run("a variable that is no length of time", func(t *testing.T) {
+		bare(t).runWith(t, []string{"CLEANCUT_WAL_WINDOW=all"}, "prune").refused(t, 2, "CLEANCUT_WAL_WINDOW", "all", "7d")
+	})
+	t.Run("a window in the configuration that is none", func(t *testing.T) {
+		l := bare(t)
+		file := filepath.Join(l.dir, "c.toml")
+		if err := os.WriteFile(file, []byte("[retention]\nlast = 1\nwal_window = \"soon\"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		l.run(t, "prune", "--config", file).refused(t, 2, "soon", "7d", "~~~")
 	})
 	t.Run("an unknown rule in the configuration", func(t *testing.T) {
 		l := bare(t)

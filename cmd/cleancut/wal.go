@@ -147,9 +147,10 @@ follow are fetched ahead into cleancut.spool beside PATH.
 
 Exit status: 0 it is at PATH, whole and proved; 1 the catalog does not have it,
 which PostgreSQL takes for the end of the WAL; 200 anything else, upon which
-PostgreSQL stops instead of ending recovery too early: the file is damaged or of
-another cluster, the catalog cannot be reached, the command line is wrong.
-With --standby a catalog that cannot be reached is 1 too: a standby asks again.`,
+PostgreSQL stops instead of ending recovery too early: the file is damaged, of
+another cluster, or missing while later ones of its timeline are there, the
+catalog cannot be reached, the command line is wrong. With --standby a gap and
+a catalog that cannot be reached are 1 too: a standby asks again.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			// A crash of this program must not look like an exit status below
 			// 126: SIGABRT makes PostgreSQL stop.
@@ -165,7 +166,7 @@ With --standby a catalog that cannot be reached is 1 too: a standby asks again.`
 			if prefetch {
 				ahead = func(context.Context) error { return startPrefetch(c, args) }
 			}
-			if err := f.FetchWAL(c.Context(), args[0], args[1], ahead); err != nil {
+			if err := f.FetchWAL(c.Context(), args[0], args[1], standby, ahead); err != nil {
 				return errors.Join(c.Context().Err(), err)
 			}
 			return a.print(map[string]any{"fetched": args[0]}, func() {})
@@ -174,7 +175,7 @@ With --standby a catalog that cannot be reached is 1 too: a standby asks again.`
 	c.Flags().StringVar(&from, "from", "", "ask whoever restores this copy, on this socket, instead of the catalog")
 	_ = c.Flags().MarkHidden("from") // restore writes it into the copy's restore_command
 	c.Flags().BoolVar(&prefetch, "prefetch", true, "fetch the next segments ahead")
-	c.Flags().BoolVar(&standby, "standby", false, "for a standby: a catalog that cannot be reached counts as \"not there\"")
+	c.Flags().BoolVar(&standby, "standby", false, "for a standby: a gap, and a catalog that cannot be reached, count as \"not there\"")
 	return c
 }
 
@@ -290,6 +291,9 @@ func (a *app) walText(s settings, l flow.WALList) {
 			}
 		}
 		a.table(rows)
+	}
+	if l.System != nil && len(l.Backups) > 0 {
+		a.line("%s", sinceText(l.Since))
 	}
 	if st := l.Stream; st != nil {
 		a.line("\nstream on this host, %s ago: %s, timeline %d, %s behind the server, %s not in the catalog yet", time.Since(st.Updated).Round(time.Second), st.State, st.Timeline, st.Lag, st.Unstored)

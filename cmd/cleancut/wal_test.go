@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/klauspost/compress/zstd"
+
 	"cleancut/internal/backup"
 	"cleancut/internal/catalog"
 	"cleancut/internal/postgres/pgtest"
@@ -172,6 +174,34 @@ func refusesToStart(t *testing.T, s *pgtest.Server) string {
 	return string(out)
 }
 
+// flipped is a stored file with one bit of its middle changed.
+func flipped(b []byte) []byte {
+	b = bytes.Clone(b)
+	b[len(b)/2] ^= 4
+	return b
+}
+
+// ofAnotherSystem is a stored segment as a clone of the cluster would have
+// written it: whole, but for its system identifier.
+func ofAnotherSystem(t *testing.T, stored []byte) []byte {
+	t.Helper()
+	dec, err := zstd.NewReader(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dec.Close()
+	b, err := dec.DecodeAll(stored, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[24]++
+	enc, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return enc.EncodeAll(b, nil)
+}
+
 func TestArchiveCommandAndRestoreCommand(t *testing.T) {
 	t.Parallel()
 	w := newWALLab(t, map[string]string{"archive_mode": "on", "archive_command": "CLEANCUT wal push %p"})
@@ -246,7 +276,14 @@ func TestArchiveCommandAndRestoreCommand(t *testing.T) {
 		harm  func() error
 		words string
 	}{
-		"a segment that is damaged":   {halve, "damage found"},
+		"a segment that is cut short":  {halve, "damage found"},
+		"a segment with a flipped bit": {func() error { return os.WriteFile(stored, flipped(whole), 0o600) }, "damage found"},
+		"a segment of another system":  {func() error { return os.WriteFile(stored, ofAnotherSystem(t, whole), 0o600) }, "not ours"},
+		"another segment by its name": {func() error {
+			b, err := os.ReadFile(strings.Replace(stored, middle.String(), last.String(), 1))
+			return errors.Join(err, os.WriteFile(stored, b, 0o600))
+		}, "begins with page"},
+		"a gap":                       {func() error { return os.Remove(stored) }, "this is a gap and not the end of the WAL"},
 		"a catalog that is not there": {func() error { return os.Rename(w.catalog, w.catalog+".away") }, "is the catalog mounted"},
 	} {
 		t.Run("the server stops before "+name, func(t *testing.T) {
@@ -256,7 +293,7 @@ func TestArchiveCommandAndRestoreCommand(t *testing.T) {
 			}
 			log := refusesToStart(t, s)
 			_ = os.Rename(w.catalog+".away", w.catalog)
-			if err := os.WriteFile(stored, whole, 0o600); err != nil {
+			if err := os.WriteFile(stored, whole, 0o644); err != nil {
 				t.Fatal(err)
 			}
 			if !strings.Contains(log, c.words) || !strings.Contains(log, "exit code 200") || strings.Contains(log, "selected new timeline") {
@@ -264,6 +301,22 @@ func TestArchiveCommandAndRestoreCommand(t *testing.T) {
 			}
 		})
 	}
+	t.Run("up to a gap, by a target before it or with --standby", func(t *testing.T) {
+		if err := os.Remove(stored); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			if err := os.WriteFile(stored, whole, 0o644); err != nil {
+				t.Error(err)
+			}
+		}()
+		for name, command := range map[string]string{"target": fetch + "'\nrecovery_target_action = 'promote'\nrecovery_target_lsn = '" + (begin + 3*mega).String(), "standby": strings.Replace(fetch, "fetch", "fetch --standby", 1)} {
+			s := w.recovering(t, base, "upto"+name, command)
+			s.Start(t)
+			w.until(t, s, "SELECT pg_is_in_recovery()::text", "false")
+			s.Stop(t)
+		}
+	})
 	t.Run("of another cluster: by the server's own pg_control", func(t *testing.T) {
 		other := pgtest.New(t, pgtest.Options{Small: true, NoStart: true})
 		cmd := exec.CommandContext(t.Context(), w.program, "wal", "fetch", last.String(), "pg_wal/RECOVERYXLOG")

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 )
 
@@ -61,15 +60,8 @@ func parseUntil(s string, now time.Time) (time.Time, error) {
 	if t, err := time.Parse(time.RFC3339, s); err == nil {
 		return t, nil
 	}
-	if days, ok := strings.CutSuffix(s, "d"); ok {
-		n, err := strconv.Atoi(days)
-		if err == nil && (n < 0 || n > 36500) {
-			err = strconv.ErrRange
-		}
-		return now.AddDate(0, 0, n), err
-	}
-	d, err := time.ParseDuration(s)
-	return now.Add(d), err
+	d, err := ParseSpan(s)
+	return now.Add(time.Duration(d)), err
 }
 
 // Retention says how many complete backups stay. A backup stays if any of the
@@ -108,6 +100,7 @@ type Candidate struct {
 	Verdict    Word      // of its newest verdict
 	Held       string    // by whom and why; empty: it is not held
 	InUse      string    // what is made of it just now or stands somewhere
+	Needed     string    // why something else that was promised needs it
 }
 
 // Word is a verdict in one word.
@@ -181,6 +174,9 @@ func PlanRetention(all []Candidate, rules Retention, now time.Time) (keep, remov
 		if c.InUse != "" {
 			because(c.ID, "in use: "+c.InUse)
 		}
+		if c.Needed != "" {
+			because(c.ID, c.Needed)
+		}
 		switch {
 		case len(why[c.ID]) > 0:
 			keep = append(keep, Choice{ID: c.ID, Why: why[c.ID]})
@@ -192,6 +188,9 @@ func PlanRetention(all []Candidate, rules Retention, now time.Time) (keep, remov
 	}
 	return keep, remove, nil
 }
+
+// Sound reports whether the backup counts and is not known to be damaged.
+func (c Candidate) Sound(now time.Time) bool { return c.aside(now) == "" && c.Verdict != Damaged }
 
 // aside says why a backup neither counts nor is removed, or "".
 func (c Candidate) aside(now time.Time) string {

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"time"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -28,13 +27,6 @@ func (c *Catalog) WAL() WAL { return WAL{c: c} }
 
 // BackupWAL returns the WAL that was captured with one backup.
 func (c *Catalog) BackupWAL(id backup.ID) WAL { return WAL{c: c, backup: id} }
-
-// StoredWAL is a file of WAL in the catalog.
-type StoredWAL struct {
-	File   wal.File
-	Size   backup.Bytes // as stored
-	Stored time.Time    // by the store's clock
-}
 
 // folder returns the prefix of all keys, with a slash at its end.
 func (w WAL) folder() (string, error) {
@@ -306,7 +298,7 @@ func (w WAL) History(ctx context.Context, t wal.Timeline) (wal.History, error) {
 
 // List returns the files that are there, by timeline and position. What has no
 // name of a WAL file does not count.
-func (w WAL) List(ctx context.Context) ([]StoredWAL, error) {
+func (w WAL) List(ctx context.Context) ([]wal.Stored, error) {
 	folder, err := w.folder()
 	if err != nil {
 		return nil, err
@@ -315,15 +307,38 @@ func (w WAL) List(ctx context.Context) ([]StoredWAL, error) {
 	if err != nil {
 		return nil, err
 	}
-	var out []StoredWAL
+	var out []wal.Stored
 	for _, o := range objects {
 		name, ok := strings.CutSuffix(o.Key[strings.LastIndexByte(o.Key, '/')+1:], ".zst")
 		f, err := wal.ParseFile(name)
 		if key, _ := w.key(f); ok && err == nil && key == o.Key {
-			out = append(out, StoredWAL{File: f, Size: o.Size, Stored: o.Modified})
+			out = append(out, wal.Stored{File: f, Size: o.Size, Stored: o.Modified})
 		}
 	}
 	return out, nil
+}
+
+// Behind returns the next segment of f's timeline that is there, up to 4 GiB
+// of WAL behind it at least; backup.ErrNotFound: there is none.
+func (w WAL) Behind(ctx context.Context, f wal.File) (wal.File, error) {
+	own, err := w.key(f)
+	if err != nil {
+		return wal.File{}, err
+	}
+	folder := own[:strings.LastIndexByte(own, '/')+1]
+	for _, high := range []uint32{f.High, f.High + 1} {
+		objects, err := w.c.store.List(ctx, fmt.Sprintf("%s%s%08X", folder, f.Timeline, high))
+		if err != nil {
+			return wal.File{}, err
+		}
+		for _, o := range objects {
+			g, err := wal.ParseFile(strings.TrimSuffix(strings.TrimPrefix(o.Key, folder), ".zst"))
+			if err == nil && g.Kind == wal.Whole && o.Key > own {
+				return g, nil
+			}
+		}
+	}
+	return wal.File{}, fmt.Errorf("WAL behind %s: %w", f, backup.ErrNotFound)
 }
 
 // Delete removes one file; nil if it is not there.

@@ -10,6 +10,7 @@ import (
 
 	"cleancut/internal/backup"
 	"cleancut/internal/catalog"
+	"cleancut/internal/wal"
 )
 
 // Delete takes one backup away for good. A held one is refused, and so is the
@@ -168,6 +169,13 @@ func (f *Flow) Release(ctx context.Context, id backup.ID) ([]backup.Hold, error)
 // PruneFacts gathers all that backup.PlanRetention decides by. What of it
 // cannot be told is an error: nothing is removed on half the facts.
 func (f *Flow) PruneFacts(ctx context.Context) ([]backup.Candidate, error) {
+	backups, err := f.backupFacts(ctx)
+	return candidates(backups), err
+}
+
+// backupFacts gathers what retention knows of the backups, also by intents of
+// which the catalog has nothing else yet.
+func (f *Flow) backupFacts(ctx context.Context) ([]wal.Backup, error) {
 	entries, err := f.Catalog.Backups(ctx)
 	if err != nil {
 		return nil, err
@@ -181,22 +189,41 @@ func (f *Flow) PruneFacts(ctx context.Context) ([]backup.Candidate, error) {
 		return nil, err
 	}
 	now := time.Now()
-	var out []backup.Candidate
+	var out []wal.Backup
 	for _, e := range entries {
-		is := stateOf(e)
-		c := backup.Candidate{ID: e.ID, Created: e.Manifest.Created, Incomplete: is != Complete && is != Doubtful, Torn: e.Manifest.Cut.Achieved == backup.Torn,
-			Verdict: verdictOf(e), Held: e.Held(now), InUse: used[e.ID]}
-		if is == Doubtful {
-			c.Unreadable = "its records cannot be read: " + e.Err.Error()
+		out = append(out, backupFact(e, used[e.ID], now))
+	}
+	for _, i := range intents {
+		n := slices.IndexFunc(out, func(b wal.Backup) bool { return b.ID == i.ID })
+		if n < 0 {
+			out = append(out, wal.Backup{Candidate: backup.Candidate{ID: i.ID, Incomplete: true}})
+			n = len(out) - 1
 		}
-		for _, i := range intents {
-			if i.ID == e.ID {
-				c.Begun = begun(i)
-			}
-		}
-		out = append(out, c)
+		out[n].Begun = begun(i)
 	}
 	return out, nil
+}
+
+func backupFact(e catalog.Entry, used string, now time.Time) wal.Backup {
+	is, m := stateOf(e), e.Manifest
+	b := wal.Backup{Candidate: backup.Candidate{ID: e.ID, Created: m.Created, Incomplete: is != Complete && is != Doubtful, Torn: m.Cut.Achieved == backup.Torn,
+		Verdict: verdictOf(e), Held: e.Held(now), InUse: used}}
+	if is == Doubtful {
+		b.Unreadable = "its records cannot be read: " + e.Err.Error()
+	}
+	if e.Digest != "" {
+		_, b.Cut = m.Span()
+		b.Placed, b.System, b.Timeline, b.From = true, m.Server.SystemIdentifier, wal.Timeline(m.Server.Timeline), m.Cut.FlushLSN
+	}
+	return b
+}
+
+func candidates(of []wal.Backup) []backup.Candidate {
+	var out []backup.Candidate
+	for _, b := range of {
+		out = append(out, b.Candidate)
+	}
+	return out
 }
 
 func begun(i backup.Intent) string {

@@ -89,6 +89,12 @@ func snapshotsOf(id backup.ID) []backup.SnapshotID {
 // manifest names the snapshots given, else its own.
 func (k *keeping) put(t *testing.T, id backup.ID, named ...backup.SnapshotID) {
 	t.Helper()
+	k.putAs(t, id, nil, named...)
+}
+
+// putAs is put of a manifest that change has had its way with.
+func (k *keeping) putAs(t *testing.T, id backup.ID, change func(*backup.Manifest), named ...backup.SnapshotID) {
+	t.Helper()
 	m := backup.Manifest{Version: backup.ManifestVersion, ID: id, Cluster: "main", Created: id.Time(), Cut: backup.Cut{Achieved: backup.Atomic, How: backup.ModeFreeze}}
 	for i, mount := range []string{"/data", "/wal"} {
 		v := backup.Volume{ID: backup.VolumeID(fmt.Sprintf("vol-%d", i)), Provider: "local", Size: 1 << 30}
@@ -100,6 +106,9 @@ func (k *keeping) put(t *testing.T, id backup.ID, named ...backup.SnapshotID) {
 			snap = named[i]
 		}
 		m.Snapshots = append(m.Snapshots, backup.Snapshot{ID: snap, Volume: v, Member: i})
+	}
+	if change != nil {
+		change(&m)
 	}
 	digest, err := k.Catalog.PutManifest(t.Context(), m)
 	if err == nil {

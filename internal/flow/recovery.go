@@ -51,7 +51,7 @@ func (f *Flow) planRecovery(ctx context.Context, m backup.Manifest, r Recovery, 
 	if list.System.Identifier != m.Server.SystemIdentifier {
 		return nil, fmt.Errorf("recovery to %s: the WAL in the catalog is of system %d, the backup of %d: %w", r.Target, list.System.Identifier, m.Server.SystemIdentifier, backup.ErrNotOurs)
 	}
-	way, err := r.way(m, list.reach(m))
+	way, err := r.way(m, list.reach(m), list.Since)
 	if err != nil {
 		return nil, err
 	}
@@ -67,7 +67,7 @@ func (f *Flow) planRecovery(ctx context.Context, m backup.Manifest, r Recovery, 
 		},
 		Serve: func(ctx context.Context, socket string, uid, gid uint32) (func() error, error) {
 			s, err := archive.Serve(ctx, archive.ServeOptions{WAL: f.Catalog.WAL(), System: *list.System, Socket: socket, UID: uid, GID: gid,
-				Spool: filepath.Join(f.State.Path(), "wal-for-"+string(id))})
+				Spool: filepath.Join(f.State.Path(), "wal-for-"+string(id)), Planned: list.listed(m.Cut.FlushLSN)})
 			if err != nil {
 				return nil, err
 			}
@@ -77,14 +77,18 @@ func (f *Flow) planRecovery(ctx context.Context, m backup.Manifest, r Recovery, 
 }
 
 // way chooses the timeline.
-func (r Recovery) way(m backup.Manifest, reach WALReach) (WALWay, error) {
+func (r Recovery) way(m backup.Manifest, reach WALReach, since *time.Time) (WALWay, error) {
 	var known []string
 	for _, w := range reach.Ways {
 		known = append(known, strconv.FormatUint(uint64(w.Timeline), 10))
 	}
 	if len(reach.Ways) == 0 {
+		hint := "see `cleancut wal list`; --target end needs no shipped WAL"
+		if since != nil {
+			hint = "every moment since " + since.UTC().Format(time.RFC3339Nano) + " can be recovered; " + hint
+		}
 		return WALWay{}, backup.Hint(fmt.Errorf("recovery of %s to %s: the catalog does not have the WAL that follows the backup's own, from %s on timeline %d: %w",
-			m.ID, r.Target, reach.From, reach.Timeline, backup.ErrNotFound), "see `cleancut wal list`; --target end needs no shipped WAL")
+			m.ID, r.Target, reach.From, reach.Timeline, backup.ErrNotFound), hint)
 	}
 	if r.Timeline == 0 {
 		return reach.Ways[len(reach.Ways)-1], nil

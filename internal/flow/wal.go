@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"cleancut/internal/backup"
-	"cleancut/internal/catalog"
 	"cleancut/internal/flow/archive"
 	"cleancut/internal/postgres"
 	"cleancut/internal/postgres/replication"
@@ -43,15 +42,16 @@ func (f *Flow) PushWAL(ctx context.Context, path string) error {
 }
 
 // FetchWAL puts the file with that name at to, for restore_command: its %f and
-// %p. ahead, which may be nil, starts PrefetchWAL with the same two in another
+// %p. A missing segment before others is an error, but not for a standby, which
+// may get it from elsewhere. ahead, which may be nil, starts PrefetchWAL with the same two in another
 // process. Errors are those of archive.Fetch: only backup.ErrNotFound means
 // that the catalog does not have it.
-func (f *Flow) FetchWAL(ctx context.Context, name, to string, ahead func(ctx context.Context) error) error {
+func (f *Flow) FetchWAL(ctx context.Context, name, to string, standby bool, ahead func(ctx context.Context) error) error {
 	o, err := f.fetchOptions(name, to)
 	if err != nil {
 		return err
 	}
-	o.Ahead = ahead
+	o.Ahead, o.Unbroken = ahead, !standby
 	return archive.Fetch(ctx, o)
 }
 
@@ -120,9 +120,12 @@ type WALList struct {
 	Backups   []WALReach      `json:"backups"`
 	Stream    *archive.Status `json:"stream"` // of this host; null: none ever ran
 	Damaged   []string        `json:"damaged,omitempty"`
-	Size      backup.Bytes    `json:"stored_bytes"`
-	histories []wal.History   // of the timelines that are known
-	set       wal.Set         //
+	// Since is the moment from which on every moment can be recovered, up to the
+	// end of the WAL; null: no WAL leads on from the newest backup.
+	Since     *time.Time    `json:"recoverable_since"`
+	Size      backup.Bytes  `json:"stored_bytes"`
+	histories []wal.History // of the timelines that are known
+	set       wal.Set       //
 	stored    map[wal.Segment]time.Time
 }
 
@@ -187,41 +190,62 @@ func (f *Flow) ListWAL(ctx context.Context) (out WALList, err error) {
 		return out, err
 	}
 	out.System = &system
-	f.readWAL(ctx, &out, files)
+	known := f.readWAL(ctx, &out, files)
 	entries, err := f.Catalog.Backups(ctx)
 	if err != nil {
 		return out, err
 	}
+	facts := wal.Facts{System: system, Files: files, Histories: known}
 	for _, e := range entries {
 		if e.Err == nil && e.Manifest.Cut.Achieved != backup.Torn && e.Manifest.Server.SystemIdentifier == system.Identifier {
 			out.Backups = append(out.Backups, out.reach(e.Manifest))
+			facts.Backups = append(facts.Backups, backupFact(e, "", time.Now()))
 		}
 	}
+	out.Since = wal.Since(facts, time.Now())
 	return out, nil
 }
 
-// readWAL fills in what the names say, and the histories.
-func (f *Flow) readWAL(ctx context.Context, out *WALList, files []catalog.StoredWAL) {
+// histories reads where the timelines of these files come from, and says of
+// which it cannot.
+func (f *Flow) histories(ctx context.Context, files []wal.Stored) (known map[wal.Timeline]wal.History, unread map[wal.Timeline]error) {
+	known, unread = map[wal.Timeline]wal.History{}, map[wal.Timeline]error{}
+	for _, file := range files {
+		t := file.File.Timeline
+		if _, seen := known[t]; seen || unread[t] != nil {
+			continue
+		}
+		if h, err := f.Catalog.WAL().History(ctx, t); err != nil {
+			unread[t] = err
+		} else {
+			known[t] = h
+		}
+	}
+	return known, unread
+}
+
+// readWAL fills in what the names say, and the histories, which it returns.
+func (f *Flow) readWAL(ctx context.Context, out *WALList, files []wal.Stored) map[wal.Timeline]wal.History {
 	size := out.System.SegmentSize
 	out.set, out.stored = wal.Set{}, map[wal.Segment]time.Time{}
-	known := map[wal.Timeline]bool{}
+	timelines := map[wal.Timeline]bool{}
 	for _, file := range files {
 		out.Size += file.Size
-		known[file.File.Timeline] = true
+		timelines[file.File.Timeline] = true
 		if g, err := file.File.Segment(size); err == nil && file.File.Kind == wal.Whole {
 			out.set[g], out.stored[g] = true, file.Stored
 		}
 	}
 	ranges := out.set.Ranges()
-	for _, t := range slices.Sorted(maps.Keys(known)) {
+	known, unread := f.histories(ctx, files)
+	for _, t := range slices.Sorted(maps.Keys(timelines)) {
 		line := WALTimeline{Timeline: t, Ranges: []WALRange{}}
-		h, err := f.Catalog.WAL().History(ctx, t)
-		switch {
-		case errors.Is(err, backup.ErrNotFound): // its own segments count all the same
+		h, ok := known[t]
+		if !ok { // its own segments count all the same
 			h = wal.History{Timeline: t}
-		case err != nil:
-			out.Damaged = append(out.Damaged, err.Error())
-			h = wal.History{Timeline: t}
+			if err := unread[t]; !errors.Is(err, backup.ErrNotFound) {
+				out.Damaged = append(out.Damaged, err.Error())
+			}
 		}
 		if n := len(h.Forks); n > 0 {
 			line.Parent, line.Begin = h.Forks[n-1].Timeline, h.Forks[n-1].End
@@ -234,6 +258,7 @@ func (f *Flow) readWAL(ctx context.Context, out *WALList, files []catalog.Stored
 		}
 		out.Timelines = append(out.Timelines, line)
 	}
+	return known
 }
 
 // describe turns a range into what is shown; before are those of its timeline
@@ -249,6 +274,15 @@ func (l *WALList) describe(r wal.Range, before []WALRange) WALRange {
 	return out
 }
 
+// listed reports of a file whether it is a segment from that position on that
+// was there.
+func (l *WALList) listed(from backup.LSN) func(wal.File) bool {
+	return func(f wal.File) bool {
+		g, err := f.Segment(l.System.SegmentSize)
+		return f.Kind == wal.Whole && err == nil && g.End(l.System.SegmentSize) > from && l.set[g]
+	}
+}
+
 // reach follows the WAL from a backup's cut along every timeline that descends
 // from its own. Recovery begins inside the image and asks the catalog first
 // for the segment that the image's WAL ends in, which is not before the one of
@@ -256,15 +290,9 @@ func (l *WALList) describe(r wal.Range, before []WALRange) WALRange {
 func (l *WALList) reach(m backup.Manifest) WALReach {
 	out := WALReach{ID: m.ID, Timeline: wal.Timeline(m.Server.Timeline), From: m.Cut.FlushLSN, Ways: []WALWay{}}
 	size := l.System.SegmentSize
-	for _, h := range l.histories {
-		begin, ok := h.Begin(out.Timeline)
-		if end, ended := h.End(out.Timeline); !ok || out.From < begin || ended && end < out.From {
-			continue // another branch
-		}
-		last, ok := l.set.Follow(h, wal.At(0, out.From, size).Number, size)
-		if ok && last.Timeline == h.Timeline { // else it ends on an ancestor, whose own way says so
-			out.Ways = append(out.Ways, WALWay{Timeline: h.Timeline, To: last.End(size), Stored: l.stored[last]})
-		}
+	for _, way := range l.set.Ways(l.histories, out.Timeline, out.From, size) {
+		last := wal.Segment{Timeline: way.Timeline, Number: wal.At(0, way.To-1, size).Number}
+		out.Ways = append(out.Ways, WALWay{Timeline: way.Timeline, To: way.To, Stored: l.stored[last]})
 	}
 	return out
 }

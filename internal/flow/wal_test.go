@@ -13,6 +13,20 @@ import (
 	"cleancut/internal/wal"
 )
 
+// segment is the content of a segment in which nothing was written.
+func segment(g wal.Segment, system wal.System, size wal.Size) []byte {
+	b := make([]byte, size)
+	le := binary.LittleEndian
+	le.PutUint16(b, 0xD110)
+	le.PutUint16(b[2:], 2)
+	le.PutUint32(b[4:], uint32(g.Timeline))
+	le.PutUint64(b[8:], uint64(g.Start(size)))
+	le.PutUint64(b[24:], uint64(system.Identifier))
+	le.PutUint32(b[32:], uint32(size))
+	le.PutUint32(b[36:], 8192)
+	return b
+}
+
 // TestTheListSaysHowFarEachBackupRecovers lays out two timelines with a gap
 // and backups at positions before, in and behind it.
 func TestTheListSaysHowFarEachBackupRecovers(t *testing.T) {
@@ -32,15 +46,7 @@ func TestTheListSaysHowFarEachBackupRecovers(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, g := range []wal.Segment{{Timeline: 1, Number: 3}, {Timeline: 1, Number: 4}, {Timeline: 1, Number: 5}, {Timeline: 1, Number: 8}, {Timeline: 1, Number: 9}, {Timeline: 2, Number: 5}, {Timeline: 2, Number: 6}} {
-		b := make([]byte, size)
-		le := binary.LittleEndian
-		le.PutUint16(b, 0xD110)
-		le.PutUint16(b[2:], 2)
-		le.PutUint32(b[4:], uint32(g.Timeline))
-		le.PutUint64(b[8:], uint64(g.Start(size)))
-		le.PutUint64(b[24:], uint64(system.Identifier))
-		le.PutUint32(b[32:], size)
-		le.PutUint32(b[36:], 8192)
+		b := segment(g, system, size)
 		if err := c.WAL().Put(ctx, g.File(size), bytes.NewReader(b), size); err != nil {
 			t.Fatal(err)
 		}

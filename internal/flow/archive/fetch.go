@@ -32,6 +32,10 @@ type FetchOptions struct {
 	System wal.System
 	File   wal.File
 	To     string
+	// Unbroken makes a segment that is missing, while the catalog has later ones
+	// of its timeline, an error: it is not the end of the WAL. One that lies
+	// beside To is left to PostgreSQL.
+	Unbroken bool
 	// Ahead starts something that calls Prefetch with the same options and
 	// does not wait for it. nil: nothing is fetched ahead.
 	Ahead func(ctx context.Context) error
@@ -71,7 +75,26 @@ func Fetch(ctx context.Context, o FetchOptions) error {
 	} else if errors.Is(err, backup.ErrNotFound) && o.spools() { // the end, or another timeline: nothing of the spool will be asked for
 		_ = os.RemoveAll(o.spool())
 	}
+	if errors.Is(err, backup.ErrNotFound) && o.Unbroken && o.File.Kind == wal.Whole {
+		return o.gap(ctx, err)
+	}
 	return err
+}
+
+// gap is the error of a missing segment: missing, where that is the end.
+func (o FetchOptions) gap(ctx context.Context, missing error) error {
+	if _, err := os.Stat(filepath.Join(filepath.Dir(o.To), o.File.String())); err == nil {
+		return missing
+	}
+	later, err := o.WAL.Behind(ctx, o.File)
+	if errors.Is(err, backup.ErrNotFound) {
+		return missing
+	}
+	if err != nil {
+		return fmt.Errorf("fetch %s: %w", o.File, err)
+	}
+	return backup.Hint(fmt.Errorf("fetch %s: %w: the catalog does not have it, but %s: this is a gap and not the end of the WAL", o.File, backup.ErrDamage, later),
+		"see `cleancut wal list`; begin with a backup behind the gap, or give PostgreSQL a recovery target before it; with --standby a gap counts as the end")
 }
 
 // spools reports whether the spool is used.

@@ -38,6 +38,9 @@ type ServeOptions struct {
 	Spool  string // folder for files on their way, made and removed by the Server; nobody but root may write there
 	UID    uint32 // who may connect, besides root
 	GID    uint32
+	// Planned reports whether recovery was planned by that file; then it is an
+	// error that it is not there any more, and not the end. nil: none was.
+	Planned func(wal.File) bool
 }
 
 // Server serves WAL to one copy until Stop.
@@ -125,6 +128,9 @@ func (s *Server) reply(ctx context.Context, conn net.Conn) {
 		return nil
 	}
 	err = Fetch(ctx, o)
+	if errors.Is(err, backup.ErrNotFound) && s.options.Planned != nil && s.options.Planned(file) {
+		err = backup.Hint(fmt.Errorf("%s is gone: it was there when the recovery was planned", file), "see `cleancut wal list` for what can be reached now") // not the end
+	}
 	switch {
 	case errors.Is(err, backup.ErrNotFound):
 		s.say(conn, answer{Missing: true})

@@ -1,0 +1,128 @@
+package flow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"cleancut/internal/backup"
+	"cleancut/internal/wal"
+)
+
+// PrunePlan is what prune is going to do.
+type PrunePlan struct {
+	Keep   []backup.Choice
+	Remove []backup.Choice
+	WAL    *wal.Plan // of what then stays; nil: the catalog has no WAL
+}
+
+// PlanPrune plans by the rules which backups stay, with those that the promised
+// window of WAL needs, and which WAL goes. What cannot be told of the backups is
+// an error; what cannot be told of the WAL keeps WAL, and the plan says why.
+func (f *Flow) PlanPrune(ctx context.Context, rules backup.Retention, window backup.Span) (p PrunePlan, err error) {
+	facts, any, err := f.walFacts(ctx, window)
+	if err != nil {
+		return p, err
+	}
+	now := time.Now()
+	if any {
+		anchors := wal.Anchors(facts, now)
+		for i, b := range facts.Backups {
+			facts.Backups[i].Needed = anchors[b.ID]
+		}
+	}
+	if p.Keep, p.Remove, err = backup.PlanRetention(candidates(facts.Backups), rules, now); err != nil || !any {
+		return p, err
+	}
+	facts.Backups = slices.DeleteFunc(facts.Backups, func(b wal.Backup) bool {
+		return slices.ContainsFunc(p.Remove, func(c backup.Choice) bool { return c.ID == b.ID })
+	})
+	plan := wal.PlanRetention(facts, now)
+	p.WAL = &plan
+	return p, nil
+}
+
+// walFacts gathers what the retention of WAL is decided by. The WAL is listed
+// before the backups: one that is made meanwhile is among them.
+func (f *Flow) walFacts(ctx context.Context, window backup.Span) (facts wal.Facts, any bool, err error) {
+	facts.Window = window
+	if facts.Files, err = f.Catalog.WAL().List(ctx); err != nil {
+		return facts, false, err
+	}
+	facts.System, err = f.Catalog.WAL().System(ctx)
+	switch {
+	case errors.Is(err, backup.ErrNotFound), errors.Is(err, backup.ErrDamage):
+		facts.Doubt = "nobody knows whose WAL this is: " + err.Error()
+	case err != nil:
+		return facts, false, err
+	}
+	known, unread := f.histories(ctx, facts.Files)
+	for _, err := range unread {
+		if !errors.Is(err, backup.ErrNotFound) && !errors.Is(err, backup.ErrDamage) {
+			return facts, false, err
+		}
+	}
+	facts.Histories = known
+	facts.Backups, err = f.backupFacts(ctx)
+	return facts, len(facts.Files) > 0, err
+}
+
+// PrunedWAL is what became of the WAL that was to be removed.
+type PrunedWAL struct {
+	wal.Plan
+	Deleted int    `json:"deleted"` // files
+	Done    bool   `json:"done"`
+	Error   string `json:"error,omitempty"`
+}
+
+// pageOfWAL is how many files are deleted by one plan.
+const pageOfWAL = 256
+
+// PruneWAL plans again by the backups that are there now and deletes the WAL
+// that none of them needs, the oldest first; nil: the catalog has no WAL. After
+// each page of files it plans again, and what is needed by then stays: a
+// restore that has begun, say. It may be stopped at any point, run again, and
+// run twice at the same time: what is left is unbroken. The first error ends it.
+func (f *Flow) PruneWAL(ctx context.Context, window backup.Span) (*PrunedWAL, error) {
+	facts, any, err := f.walFacts(ctx, window)
+	if err != nil || !any {
+		return nil, err
+	}
+	out := &PrunedWAL{Plan: wal.PlanRetention(facts, time.Now())}
+	err = f.deleteWAL(ctx, out)
+	if out.Done = err == nil; err != nil {
+		err = fmt.Errorf("prune WAL: %w", err)
+		out.Error = err.Error()
+	}
+	return out, err
+}
+
+func (f *Flow) deleteWAL(ctx context.Context, out *PrunedWAL) error {
+	files := out.Removed()
+	for page := range slices.Chunk(files, pageOfWAL) {
+		if out.Deleted > 0 {
+			facts, _, err := f.walFacts(ctx, out.Window)
+			if err != nil {
+				return err
+			}
+			still := map[wal.File]bool{}
+			for _, s := range wal.PlanRetention(facts, time.Now()).Removed() {
+				still[s.File] = true
+			}
+			page = slices.DeleteFunc(slices.Clone(page), func(s wal.Stored) bool { return !still[s.File] })
+		}
+		for _, s := range page {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			if err := f.Catalog.WAL().Delete(ctx, s.File); err != nil {
+				return err
+			}
+			out.Deleted++
+		}
+		f.tell("wal", fmt.Sprintf("%d of %d files deleted", out.Deleted, len(files)))
+	}
+	return nil
+}
