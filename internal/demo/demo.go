@@ -159,7 +159,7 @@ func (r Result) Said() []string {
 		other = "or EC2 itself: every call went through the AWS SDK, but to a test server with real block devices behind it"
 	}
 	return []string{
-		"Proven in this run: four volumes striped by md RAID 0 were snapshotted at one instant under load; a host that had only the catalog and the provider assembled them beside the original, PostgreSQL recovered, every acknowledged row was there and nothing uncommitted was, every check of level full passed, the portable dump restored with the same counts, and a copy recovered with shipped WAL to a moment after the cut held exactly what had been committed by then.",
+		"Proven in this run: four volumes striped by md RAID 0 were snapshotted at one instant under load; a host that had only the catalog and the provider assembled them beside the original, PostgreSQL recovered, every acknowledged row was there and nothing uncommitted was, every check of level full passed, the portable dump restored with the same counts, and a copy recovered with shipped WAL to a moment after the cut held exactly what had been committed by then; a standby seeded from the backup followed production and, promoted, agreed with it.",
 		"Not proven: anything about another machine, a power loss, other layouts than this one, " + other + "; throwaway clones (step 19) are not there yet.",
 	}
 }

@@ -188,7 +188,10 @@ func (s *story) recovered(ctx context.Context, facts map[string]any) error {
 	case s.copy.EndOfRecovery < s.manifest.Cut.FlushLSN:
 		return errStep("recovery ended at %s, before the flushed %s", s.copy.EndOfRecovery, s.manifest.Cut.FlushLSN)
 	}
-	// Production was seen serving beside its copy; its load ends here.
+	if err := s.seedStandby(ctx, facts); err != nil {
+		return err
+	}
+	// Production was seen serving beside its copies; its load ends here.
 	_, err = s.load.Stop()
 	return err
 }

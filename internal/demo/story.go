@@ -39,13 +39,13 @@ func (s *story) chapters() []chapter {
 		{11, "the cut", s.theCut},
 		{12, "marker 3, after the cut", s.markerAfter},
 		{13, "other host: volumes, array, mount beside the original", s.otherHostRestores},
-		{14, "PostgreSQL recovered on the isolated copy", s.recovered},
+		{14, "PostgreSQL recovered on the copy; a standby follows", s.recovered},
 		{15, "markers 1 and 2 are there, marker 3 is not", s.markers},
 		{16, "every acknowledged row, nothing uncommitted, sums agree", s.judge},
 		{17, "verify at level full", s.verify},
 		{18, "pg_dumpall from the copy restores, counts agree", s.dump},
 		{19, "two throwaway clones", nil},
-		{20, "shipped WAL applied to a moment after the cut", s.shippedWAL},
+		{20, "shipped WAL applied up to marker 3; standby promoted", s.shippedWAL},
 		{21, "production's figures over the whole run", s.figures},
 		{22, "everything removed, nothing left behind", s.removeAll},
 	}
@@ -82,6 +82,7 @@ type story struct {
 
 	host    otherHost
 	copy    backup.Copy
+	standby standby
 	verdict backup.Verdict
 	finding load.Finding
 	phases  []phase  // for the plot

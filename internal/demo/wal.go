@@ -3,6 +3,7 @@ package demo
 import (
 	"context"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"time"
@@ -71,7 +72,7 @@ func (s *story) shippedWAL(ctx context.Context, facts map[string]any) error {
 		return errStep("the copy holds %d rows of beater B: that is not between the cut (%d) and the end (%d)", w.Found, before.Found, s.load.Words.Sent())
 	}
 	facts["marker_3"] = true // else it was a problem
-	return nil
+	return s.promoteStandby(ctx, facts)
 }
 
 // awaitShipped ends production's segment and waits until the catalog has all
@@ -94,8 +95,6 @@ func (s *story) awaitShipped(ctx context.Context) (backup.LSN, error) {
 	if err != nil {
 		return 0, err
 	}
-	tick := time.NewTicker(200 * time.Millisecond)
-	defer tick.Stop()
 	for {
 		list, err := f.ListWAL(ctx)
 		if err != nil {
@@ -106,10 +105,8 @@ func (s *story) awaitShipped(ctx context.Context) (backup.LSN, error) {
 				return b.Ways[n-1].To, nil
 			}
 		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return 0, ctx.Err()
+		if err := pause(ctx); err != nil {
+			return 0, fmt.Errorf("the catalog does not have the WAL up to %s: %w", end, err)
 		}
 	}
 }

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"cleancut/internal/backup"
-	"cleancut/internal/catalog"
 	"cleancut/internal/postgres"
 	"cleancut/internal/postgres/replication"
 	"cleancut/internal/wal"
@@ -117,7 +116,7 @@ func (f *Flow) checkKeptWAL(ctx context.Context, m backup.Manifest) error {
 		return err
 	}
 	for _, name := range m.Bracket.WAL {
-		if !slices.ContainsFunc(kept, func(w catalog.StoredWAL) bool { return w.File.String() == name }) {
+		if !slices.ContainsFunc(kept, func(w wal.Stored) bool { return w.File.String() == name }) {
 			return backup.Hint(fmt.Errorf("backup %s was taken in backup mode, and %s of the WAL that was kept with it is not in the catalog: %w", m.ID, name, backup.ErrIncomplete),
 				"without it the image is not consistent and is not started; `catalog rebuild` cannot bring it back. Take another backup: see `cleancut list`")
 		}
