@@ -179,6 +179,20 @@ func TestWALFollowsTheBackups(t *testing.T) {
 				t.Errorf("no line with %q:\n%s", words, dry.out)
 			}
 		}
+		for _, at := range []time.Time{time.Unix(1, 0), time.Now().AddDate(70, 0, 0)} { // the catalog's clock stood wrong
+			stored, err := filepath.Glob(filepath.Join(p.catalog, "clusters", "main", "wal", "0*", "*"))
+			if err != nil || len(stored) < 5 {
+				t.Fatalf("%v, %v", stored, err)
+			}
+			for _, file := range stored {
+				if err := os.Chtimes(file, at, at); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if again := p.must(t, "prune", "--keep-last", "2", "--wal-window", "1ms", "--dry-run"); again.out != dry.out {
+				t.Errorf("stored at %s the plan is another:\n%s", at, again.out)
+			}
+		}
 		t.Logf("NOTE the plan:\n%s", dry.out)
 		planned := p.must(t, "prune", "--keep-last", "2", "--wal-window", "1ms", "--dry-run", "--json").prunedWAL(t).WAL
 		o := p.with("CLEANCUT_WAL_WINDOW=1ms").must(t, "prune", "--keep-last", "2", "--json")

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -17,6 +18,9 @@ import (
 	"cleancut/internal/catalog/s3test"
 	"cleancut/internal/fault"
 	"cleancut/internal/flow"
+	"cleancut/internal/lab/labtest"
+	"cleancut/internal/postgres"
+	"cleancut/internal/postgres/pgtest"
 	"cleancut/internal/wal"
 )
 
@@ -299,5 +303,47 @@ func replace(t *testing.T, path, content string) {
 	t.Helper()
 	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestARecoveryWhoseWALIsDeletedMeanwhileFails deletes a segment that the
+// recovery was planned by before the copy's server asks for it: the copy must
+// not end earlier and look good.
+func TestARecoveryWhoseWALIsDeletedMeanwhileFails(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	pool := localPool(t)
+	dir := labtest.Folder(t)
+	data := storage(t, pool, dir, flow.StorageOptions{Name: "data", Volumes: 1})
+	p := serve(t, pool, pool, dir, pgtest.Options{Data: filepath.Join(data, "pg"), Small: true})
+	p.flow.Program, p.other.Program = labtest.Binary(t), labtest.Binary(t)
+	p.server.Exec(t, "CREATE TABLE said (word text); INSERT INTO said VALUES ('before')")
+	p.shipping()
+	m, err := p.flow.Backup(t.Context(), flow.BackupOptions{Target: postgres.Target{DSN: p.server.DSN("postgres")}, Mode: backup.ModeFreeze, Deadline: time.Minute, Quick: time.Minute, Rounds: 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		p.server.Exec(t, "INSERT INTO said VALUES ('after')")
+		p.shipped()
+	}
+	files, err := p.other.Catalog.WAL().List(t.Context())
+	if err != nil || len(files) < 3 {
+		t.Fatalf("got %v, %v", files, err)
+	}
+	gone := files[len(files)-2].File
+	p.other.Progress = func(string, string) {
+		p.other.Progress = nil
+		if err := p.other.Catalog.WAL().Delete(t.Context(), gone); err != nil {
+			t.Error(err)
+		}
+	}
+	rows, err := p.rowsAt(m.ID, "latest", 0)
+	if err == nil || !strings.Contains(err.Error(), gone.String()+" is gone: it was there when the recovery was planned") {
+		t.Errorf("got %q, %v", rows, err)
+	}
+	if rows, err = p.rowsAt(m.ID, "latest", 0); err != nil || strings.Join(rows, " ") != "after before" { // planned up to the gap, and that is what it says
+		t.Errorf("planned again: got %q, %v", rows, err)
 	}
 }
