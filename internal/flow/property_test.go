@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -215,7 +216,14 @@ func (h *history) restore(q question) (flow.Restored, func(), error) {
 // isRefused demands that nothing was made, not even for a while.
 func (h *history) isRefused(q question, watched *faulty.Provider) {
 	h.t.Helper()
-	before := watched.Calls("CreateVolume") + watched.Calls("Snapshots") + watched.Calls("Attach")
+	calls := func() int { // of the provider, and of the state: each copy has a lock, whose file stays
+		locks, err := filepath.Glob(filepath.Join(h.p.other.State.Path(), "locks", "*"))
+		if err != nil {
+			h.t.Fatal(err)
+		}
+		return len(locks) + watched.Calls("CreateVolume") + watched.Calls("Snapshots") + watched.Calls("Attach") + watched.Calls("List")
+	}
+	before := calls()
 	r, release, err := h.restore(q)
 	if err == nil {
 		release()
@@ -227,8 +235,8 @@ func (h *history) isRefused(q question, watched *faulty.Provider) {
 	if !usage && (!errors.Is(err, backup.ErrNotFound) || backup.HintOf(err) == "") || errors.Is(err, backup.ErrDamage) || errors.Is(err, backup.ErrLeft) {
 		h.t.Errorf("%s: got %v (%s), want it refused: %s", q, err, backup.HintOf(err), q.refused)
 	}
-	if after := watched.Calls("CreateVolume") + watched.Calls("Snapshots") + watched.Calls("Attach"); after != before {
-		h.t.Errorf("%s: refused with %v after %d calls of the provider, want it refused before: %s", q, err, after-before, q.refused)
+	if after := calls(); after != before {
+		h.t.Errorf("%s: refused with %v after %d calls of provider and state, want it refused before: %s", q, err, after-before, q.refused)
 	}
 }
 
