@@ -43,6 +43,9 @@ var program struct {
 
 func TestMain(m *testing.M) {
 	dir, err := os.MkdirTemp("", "cleancut-cmd-")
+	if err == nil {
+		err = os.Chmod(dir, 0o755) // a copy's server runs it, too
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -526,6 +529,10 @@ func (p *production) strayOnHost(t testing.TB, stay []string) []string {
 		if f := strings.Fields(line); len(f) > 4 && strings.HasPrefix(f[4], p.dir+"/") && !stays(f[4]) {
 			out = append(out, "mount "+f[4])
 		}
+	}
+	for _, pattern := range []string{"capture-*", "wal-for-*", "waldump-*"} { // WAL on its way
+		found, _ := filepath.Glob(filepath.Join(p.state, pattern))
+		out = append(out, found...)
 	}
 	for _, dir := range []string{filepath.Join(p.state, "mnt"), filepath.Join(p.dir, "copy")} {
 		entries, _ := os.ReadDir(dir)

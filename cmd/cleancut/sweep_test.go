@@ -26,6 +26,7 @@ type flowUnderFault struct {
 	stay      []string // folders of copies that stand before the run
 	from      string   // only the points from this one on
 	within    string   // only the points whose name begins so
+	of        []string // only points whose names begin with one of these, each once in every way
 	killsOnce bool     // only kills, at each distinct point once
 	retries   bool     // a call that failed is made again
 	always    bool     // removes also what a failed run left
@@ -43,6 +44,9 @@ func (f flowUnderFault) faults(points []string) []string {
 	every := len(points) <= allPoints
 	for i := max(start, 0); i < len(points); i++ {
 		if !strings.HasPrefix(points[i], f.within) {
+			continue
+		}
+		if f.of != nil && (seen[points[i]] || !slices.ContainsFunc(f.of, func(p string) bool { return strings.HasPrefix(points[i], p) })) {
 			continue
 		}
 		fresh := !seen[points[i]]
@@ -88,7 +92,7 @@ func (p *production) underFaults(t *testing.T, f flowUnderFault) {
 			if action == "kill" || len(left) > 0 {
 				p.swept(t, f.stay...)
 			}
-			if action == "kill" {
+			if action == "kill" && o.code != 0 {
 				for _, id := range p.complete(t) {
 					if !slices.Contains(had, id) {
 						p.must(t, "delete", id)

@@ -26,7 +26,7 @@ const (
 
 // Target is where recovery ends. Exactly the field of Kind is set. What is at
 // the target itself is in the copy: the last commit at or before a time, the
-// record that ends at or after an LSN, a transaction.
+// first record that begins at or after an LSN, a transaction.
 type Target struct {
 	Kind TargetKind `json:"kind"`
 	Time time.Time  `json:"time,omitzero"`

@@ -45,6 +45,9 @@ func (f *Flow) bracketed(ctx context.Context, o BackupOptions, m *backup.Manifes
 	start := mode.Start()
 	b := &backup.Bracket{StartLSN: start.StartLSN, Timeline: start.Timeline, Started: start.Began}
 	if err := take(); err != nil {
+		if lost := mode.Check(ctx); lost != nil && ctx.Err() == nil { // it says why, if the server or the session was lost
+			err = fmt.Errorf("%w; %w", lost, err)
+		}
 		return err
 	}
 	if err := mode.Check(ctx); err != nil {

@@ -141,8 +141,16 @@ func (f *Flow) undoCopy(ctx context.Context, c backup.Copy) error {
 			return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, err)
 		}
 	}
+	return f.takeDown(ctx, c)
+}
+
+// takeDown is undoCopy without its context, for sweep.
+func (f *Flow) takeDown(ctx context.Context, c backup.Copy) error {
 	if err := restore.Undo(ctx, f.Provider, c); err != nil {
 		return err
+	}
+	if err := os.RemoveAll(f.spool(c.ID)); err != nil { // of a process that was killed
+		return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, err)
 	}
 	return f.State.RemoveCopy(c.ID)
 }

@@ -35,7 +35,7 @@ func (k *keeping) archive(t *testing.T, tl wal.Timeline, first, last uint64) {
 	}
 	for n := first; n <= last; n++ {
 		g := wal.Segment{Timeline: tl, Number: n}
-		if err := k.Catalog.WAL().Put(t.Context(), g.File(mega), bytes.NewReader(segment(g, system, mega)), mega); err != nil {
+		if err := k.Catalog.WAL().Put(t.Context(), g.File(mega), bytes.NewReader(emptySegment(g, system, mega)), mega); err != nil {
 			t.Fatal(err)
 		}
 	}

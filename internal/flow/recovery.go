@@ -2,12 +2,8 @@ package flow
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"os"
-	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,8 +27,7 @@ type Recovery struct {
 
 // planRecovery finds the way to the target and refuses, before anything is
 // made, what the WAL in the catalog cannot reach; the error then tells what it
-// can. A target that only recovery itself can find (a name, a transaction) is
-// not looked for. nil: recovery needs nothing beyond the backup.
+// can. nil: recovery needs nothing beyond the backup.
 func (f *Flow) planRecovery(ctx context.Context, m backup.Manifest, r Recovery, inst postgres.Installation, id backup.ID) (*restore.Archive, error) {
 	if !r.Target.Archived() {
 		if r.Timeline != 0 {
@@ -67,13 +62,18 @@ func (f *Flow) planRecovery(ctx context.Context, m backup.Manifest, r Recovery, 
 		},
 		Serve: func(ctx context.Context, socket string, uid, gid uint32) (func() error, error) {
 			s, err := archive.Serve(ctx, archive.ServeOptions{WAL: f.Catalog.WAL(), System: *list.System, Socket: socket, UID: uid, GID: gid,
-				Spool: filepath.Join(f.State.Path(), "wal-for-"+string(id)), Planned: list.listed(m.Cut.FlushLSN)})
+				Spool: f.spool(id), Planned: list.listed(m.Cut.FlushLSN)})
 			if err != nil {
 				return nil, err
 			}
 			return s.Stop, nil
 		},
 	}, nil
+}
+
+// spool is where WAL lies on its way to a copy.
+func (f *Flow) spool(id backup.ID) string {
+	return filepath.Join(f.State.Path(), "wal-for-"+string(id))
 }
 
 // way chooses the timeline.
@@ -95,7 +95,8 @@ func (r Recovery) way(m backup.Manifest, reach WALReach, since *time.Time) (WALW
 	}
 	i := slices.IndexFunc(reach.Ways, func(w WALWay) bool { return uint32(w.Timeline) == r.Timeline })
 	if i < 0 {
-		return WALWay{}, fmt.Errorf("recovery of %s on timeline %d: the WAL in the catalog leads from it along timeline %s: %w", m.ID, r.Timeline, strings.Join(known, ", "), backup.ErrNotFound)
+		return WALWay{}, backup.Hint(fmt.Errorf("recovery of %s on timeline %d: the WAL in the catalog leads from it along timeline %s: %w", m.ID, r.Timeline, strings.Join(known, ", "), backup.ErrNotFound),
+			"without --timeline the newest of these is taken; a backup of another branch may lead there: see `cleancut wal list`")
 	}
 	return reach.Ways[i], nil
 }
@@ -109,7 +110,9 @@ func (f *Flow) reachable(ctx context.Context, m backup.Manifest, r Recovery, lis
 		return backup.Hint(fmt.Errorf("recovery of %s to %s: "+format+": %w", append(append([]any{m.ID, r.Target}, a...), backup.ErrNotFound)...),
 			fmt.Sprintf("it can be recovered from %s (%s) to %s on timeline %d; an earlier backup may reach what lies before", from, moment.UTC().Format(time.RFC3339Nano), until, way.Timeline))
 	}
-	switch r.Target.Kind {
+	switch r.Target.Kind { // what needs no look into the WAL
+	case backup.TargetLatest:
+		return nil
 	case backup.TargetLSN:
 		if r.Target.LSN < from {
 			return refuse("recovery is not consistent before %s", from)
@@ -121,64 +124,45 @@ func (f *Flow) reachable(ctx context.Context, m backup.Manifest, r Recovery, lis
 		if r.Target.Time.Before(moment) {
 			return refuse("the backup was cut after that")
 		}
-		last, err := f.lastCommit(ctx, list, way, wal.At(0, from, list.System.SegmentSize).Number, inst)
-		if err != nil {
-			return err
-		}
-		if last.IsZero() {
-			return refuse("the WAL in the catalog holds no commit after the backup")
-		}
-		if !r.Target.Time.Before(last) {
-			return refuse("the last commit in the catalog is of %s, so nothing shows that the WAL is complete up to then; --target latest takes all there is", last.Format(time.RFC3339Nano))
-		}
 	}
-	return nil
-}
-
-var commitTime = regexp.MustCompile(`desc: (?:COMMIT|ABORT)(?:_PREPARED)? .*?(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+) UTC`)
-
-// lastCommit returns the time of the last commit in the WAL along a way, by
-// pg_waldump over the last segments that have one; zero if none has. The first
-// segment it may look at is that of recovery's begin.
-func (f *Flow) lastCommit(ctx context.Context, list WALList, way WALWay, first uint64, inst postgres.Installation) (time.Time, error) {
 	tool, err := inst.Tool(ctx, "pg_waldump")
 	if err != nil {
-		return time.Time{}, err
-	}
-	i := slices.IndexFunc(list.histories, func(h wal.History) bool { return h.Timeline == way.Timeline })
-	size := list.System.SegmentSize
-	dir, err := os.MkdirTemp(f.State.Path(), "waldump-")
-	if err != nil {
-		return time.Time{}, fmt.Errorf("look for the last commit: %w", err)
-	}
-	defer func() { _ = os.RemoveAll(dir) }() // the state folder's own
-	for number := wal.At(0, way.To-1, size).Number; number >= first; number-- {
-		file := list.histories[i].Path(number, size).File(size)
-		last, err := f.commitIn(ctx, tool, filepath.Join(dir, file.String()), file, *list.System)
-		if err != nil || !last.IsZero() {
-			return last, err
+		if r.Target.Kind == backup.TargetTime {
+			return err
 		}
+		f.Log.Warn("the target is not looked for before the copy is made: recovery itself will find it or not", "reason", err)
+		return nil
 	}
-	return time.Time{}, nil
-}
-
-// commitIn returns the time of the last commit in one segment.
-func (f *Flow) commitIn(ctx context.Context, tool, path string, file wal.File, system wal.System) (last time.Time, err error) {
-	if err := archive.Fetch(ctx, archive.FetchOptions{WAL: f.Catalog.WAL(), System: system, File: file, To: path}); err != nil {
-		return last, err
+	f.tell("wal", "looking for "+r.Target.String())
+	look, err := f.openWALDump(tool, list, way, wal.At(0, from, list.System.SegmentSize).Number)
+	if err != nil {
+		return err
 	}
-	defer func() { err = errors.Join(err, os.Remove(path)) }()
-	cmd := exec.CommandContext(ctx, tool, "--rmgr=Transaction", path)
-	cmd.Env = []string{"TZ=UTC", "LC_ALL=C"}
-	out, err := cmd.Output() // ends with an error where the WAL does: in the last segment that is normal
-	if ctx.Err() != nil {
-		return last, context.Cause(ctx)
+	defer look.Close()
+	switch r.Target.Kind {
+	case backup.TargetLSN:
+		last, err := look.last(ctx)
+		if err == nil && r.Target.LSN > last {
+			err = refuse("the last record of the WAL in the catalog begins at %s, and recovery ends behind the first one at or after its target", last)
+		}
+		return err
+	case backup.TargetTime:
+		last, err := look.lastEnd(ctx)
+		switch {
+		case err != nil:
+			return err
+		case last.IsZero():
+			return refuse("the WAL in the catalog holds no commit after the backup")
+		case !r.Target.Time.Before(last):
+			return refuse("the last commit in the catalog is of %s, so nothing shows that the WAL is complete up to then; --target latest takes all there is", last.Format(time.RFC3339Nano))
+		}
+		return nil
 	}
-	found := commitTime.FindAllSubmatch(out, -1)
-	if len(found) == 0 {
-		return last, nil
+	found, err := look.find(ctx, r.Target, from)
+	if err == nil && !found {
+		err = refuse("the WAL in the catalog does not hold it behind the backup")
 	}
-	return time.Parse("2006-01-02 15:04:05.999999", string(found[len(found)-1][1]))
+	return err
 }
 
 // shellWord quotes a path for restore_command, which a shell runs after

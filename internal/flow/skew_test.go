@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -80,6 +81,7 @@ func serve(t *testing.T, p, other provider.Provider, dir string, o pgtest.Option
 		k, v, _ := strings.Cut(s, "=")
 		settings[k] = v
 	}
+	maps.Copy(settings, o.Settings)
 	o.Settings, o.Sync, o.Checksums = settings, true, true
 	server := pgtest.New(t, o)
 	store := catalog.New(catalog.NewDir(filepath.Join(dir, "catalog")), "lab")

@@ -10,7 +10,6 @@ import (
 
 	"cleancut/internal/backup"
 	"cleancut/internal/catalog"
-	"cleancut/internal/flow/restore"
 	"cleancut/internal/host"
 	"cleancut/internal/provider"
 )
@@ -238,6 +237,9 @@ func (f *Flow) Sweep(ctx context.Context, plan []Action) error {
 	if _, err := f.Catalog.Tidy(ctx, halfWritten); err != nil {
 		errs = append(errs, fmt.Errorf("half-written objects of the catalog: %w", err))
 	}
+	if err := f.sweepWALDumps(); err != nil {
+		errs = append(errs, err)
+	}
 	for _, a := range plan {
 		if a.Kind != OnlyList {
 			f.tell("sweep", string(a.Kind)+": "+a.Name)
@@ -282,10 +284,7 @@ func (f *Flow) sweepOne(ctx context.Context, a Action) error {
 	case EndIntent:
 		return f.Catalog.EndIntent(ctx, a.Intent.ID)
 	case RemoveCopy:
-		if err := restore.Undo(ctx, f.Provider, a.Copy); err != nil {
-			return err
-		}
-		return f.State.RemoveCopy(a.Copy.ID)
+		return f.takeDown(ctx, a.Copy)
 	}
 	return fmt.Errorf("unknown action %q", a.Kind)
 }

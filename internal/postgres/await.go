@@ -52,7 +52,7 @@ func (i *Instance) await(ctx context.Context, died <-chan error, offset int64) e
 			return i.deathError(nil, offset)
 		}
 		l, err := readLock(i.DataDirectory)
-		if err != nil || l.PID != i.PID || (l.Status != "ready" && l.Status != "standby") {
+		if err != nil || l.PID != i.PID || (l.Status != "ready" && (l.Status != "standby" || i.cold)) {
 			continue
 		}
 		done, err := i.ask(ctx)

@@ -52,6 +52,7 @@ type Instance struct {
 	Superuser     string // role to connect as
 	Installation  Installation
 	UID, GID      uint32
+	cold          bool // it takes no connections during recovery (hot_standby is off)
 
 	// EndOfRecovery is the end of the last WAL record that was replayed: what
 	// lies before it is in the copy. It is pg_last_wal_replay_lsn(), which keeps
@@ -165,7 +166,7 @@ func (c *Copy) instance() (*Instance, []Setting, error) {
 	}
 	inst := &Instance{
 		Root: c.Root, DataDirectory: c.Data, SocketDir: c.privateDir(), Port: copyPort,
-		Superuser: c.Server.Superuser, Installation: c.Installation, UID: uid, GID: gid,
+		Superuser: c.Server.Superuser, Installation: c.Installation, UID: uid, GID: gid, cold: c.Settings["hot_standby"] == "off",
 	}
 	if inst.Superuser == "" {
 		inst.Superuser = "postgres"

@@ -57,7 +57,11 @@ func (d *Dir) Lock(name string) (release func(), err error) {
 		}
 		return nil, fmt.Errorf("lock %s: %w", name, err)
 	}
-	return func() { _ = f.Close() }, nil
+	return func() {
+		// A child that another goroutine is just forking has the file open, too.
+		_ = unix.Flock(int(f.Fd()), unix.LOCK_UN)
+		_ = f.Close()
+	}, nil
 }
 
 // PutCopy writes or updates the ledger of a copy.

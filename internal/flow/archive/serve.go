@@ -14,6 +14,7 @@ import (
 
 	"cleancut/internal/backup"
 	"cleancut/internal/catalog"
+	"cleancut/internal/fault"
 	"cleancut/internal/wal"
 )
 
@@ -57,6 +58,9 @@ type Server struct {
 // Serve begins to serve; the end of ctx ends it, too. The caller calls Stop.
 func Serve(ctx context.Context, o ServeOptions) (*Server, error) {
 	s := &Server{options: o}
+	if err := fault.Point(ctx, "archive.serve"); err != nil {
+		return nil, fmt.Errorf("serve WAL: %w", err)
+	}
 	if err := os.RemoveAll(o.Spool); err != nil {
 		return nil, fmt.Errorf("serve WAL: %w", err)
 	}
@@ -76,6 +80,9 @@ func Serve(ctx context.Context, o ServeOptions) (*Server, error) {
 	ctx, s.cancel = context.WithCancel(ctx)
 	context.AfterFunc(ctx, func() { _ = s.listen.Close() })
 	s.running.Go(func() { s.accept(ctx) })
+	if err := fault.Point(ctx, "archive.serve done"); err != nil {
+		return nil, errors.Join(fmt.Errorf("serve WAL: %w", err), s.Stop())
+	}
 	return s, nil
 }
 

@@ -154,6 +154,12 @@ func start(ctx context.Context, o Options, c *backup.Copy) (*postgres.Instance, 
 	}
 	socket := filepath.Join(c.Root, postgres.Private, "wal")
 	copied.Settings = with(o.Archive.Settings, o.Settings)
+	// Nobody asks the copy anything before it is out of recovery. A hot standby
+	// would stop for ever where production raised max_connections or its like
+	// (RecoveryRequiresIntParameter), and would look for the data of prepared
+	// transactions in segments of the timeline before (xlog_redo of a shutdown
+	// checkpoint, XlogReadTwoPhaseData), which recovery has under the next one's name.
+	copied.Settings["hot_standby"] = "off"
 	copied.Settings["restore_command"] = o.Archive.Command(socket)
 	stop, err := o.Archive.Serve(ctx, socket, o.Manifest.Server.UID, o.Manifest.Server.GID)
 	if err != nil {
@@ -169,6 +175,14 @@ func start(ctx context.Context, o Options, c *backup.Copy) (*postgres.Instance, 
 	case unreached.MatchString(err.Error()):
 		return nil, backup.Hint(fmt.Errorf("the WAL in the catalog does not hold the recovery target: %w: %w", backup.ErrNotFound, err),
 			"see how far it reaches: cleancut wal list")
+	case tooEarly.MatchString(err.Error()):
+		return nil, backup.Hint(fmt.Errorf("the recovery target lies before the copy is consistent: %w: %w", backup.ErrNotFound, err),
+			"a later target, or an earlier backup")
+	case otherName.MatchString(err.Error()):
+		return nil, backup.Hint(fmt.Errorf("PostgreSQL does not find the data of a prepared transaction: %w: %w", backup.ErrUnsupported, err),
+			"the target lies just before the beginning of a timeline: recover along the one before, with --timeline")
+	case notFetched.MatchString(err.Error()):
+		return nil, fmt.Errorf("recovery stopped, because its restore_command failed: %w", err)
 	}
 	return nil, blame(ctx, c.DataDirectory, err)
 }
@@ -176,6 +190,21 @@ func start(ctx context.Context, o Options, c *backup.Copy) (*postgres.Instance, 
 // unreached is PostgreSQL's FATAL where all WAL was replayed and the target was
 // not met (PerformWalRecovery; lc_messages is C): nothing is wrong with the image.
 var unreached = regexp.MustCompile(`recovery ended before configured recovery target was reached`)
+
+// tooEarly is the other FATAL of PerformWalRecovery: the target was met in the
+// WAL that the image needs to become consistent.
+var tooEarly = regexp.MustCompile(`requested recovery stop point is before consistent recovery point`)
+
+// otherName is the FATAL of read_local_xlog_page where a transaction was
+// prepared in the segment that a timeline begins in, and recovery ends in it
+// before that: it has the segment under the new timeline's name and looks for
+// it under that of the old one (XlogReadTwoPhaseData).
+var otherName = regexp.MustCompile(`requested WAL segment \S+ has already been removed`)
+
+// notFetched is the FATAL of RestoreArchivedFile (xlogarchive.c) where
+// restore_command was ended by a signal or could not be run. The archive need
+// not know: what it could not send is the other side's loss.
+var notFetched = regexp.MustCompile(`could not restore file "[^"]*" from archive`)
 
 // recovery is what the server is told about its recovery. Of an atomic cut it
 // is crash recovery, to which nothing is to be said. Of a bracketed one it is
@@ -189,7 +218,7 @@ func recovery(m backup.Manifest, newTimeline bool) map[string]string {
 	if m.Bracket == nil && !newTimeline {
 		return nil
 	}
-	return map[string]string{"restore_command": "false", "recovery_target_timeline": "current"}
+	return map[string]string{"restore_command": "false", "recovery_target_timeline": "current", "hot_standby": "off"}
 }
 
 // blame wraps ErrNoStart around err where the image is at fault: its filesystem

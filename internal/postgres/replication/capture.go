@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"cleancut/internal/backup"
+	"cleancut/internal/fault"
 	"cleancut/internal/postgres"
 	"cleancut/internal/wal"
 )
@@ -119,6 +120,9 @@ func (c *Capture) Server() Server { return c.server }
 // rising positions.
 func (c *Capture) Until(ctx context.Context, lsn backup.LSN) error {
 	if err := c.await(ctx, func() bool { return c.position.Durable >= lsn }); err != nil {
+		return err
+	}
+	if err := fault.Point(ctx, "replication.until"); err != nil {
 		return err
 	}
 	size := c.server.System.SegmentSize
