@@ -25,6 +25,7 @@ type RestoreOptions struct {
 	// AllowTorn restores what the drill cut without protection. No command sets it.
 	AllowTorn bool
 
+	standby *StandbyOptions // nil: none
 	// failed is given what stands when the restore has failed, before it is
 	// removed; it may be nil.
 	failed func(ctx context.Context, c backup.Copy, err error)
@@ -59,6 +60,10 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	if err != nil {
 		return r, nil, err
 	}
+	seed, err := f.planStandby(ctx, m, o.standby, copyID)
+	if err != nil {
+		return r, nil, err
+	}
 	c := backup.Copy{ID: copyID, Backup: m.ID, Cluster: m.Cluster, Host: f.Host, Purpose: o.Purpose, Created: time.Now().UTC(), Major: m.Server.Major()}
 	release, err = f.State.Lock(lockCopy(c.ID))
 	if err != nil {
@@ -68,13 +73,14 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 		release()
 		return r, nil, err
 	}
+	c.Standby = seed.record(c)
 	if err := f.State.PutCopy(c); err != nil {
 		release()
 		return r, nil, errors.Join(err, os.Remove(c.Root))
 	}
 	r = Restored{Manifest: m, Installation: inst}
 	r.Copy, r.Instance, err = restore.Run(ctx, f.Provider, restore.Options{Manifest: m, Digest: entry.Complete.Digest, Copy: c, Installation: inst,
-		Segment: f.segment(m), Archive: beyond, Save: f.State.PutCopy, Progress: f.tell})
+		Segment: f.segment(m), Archive: beyond, Standby: f.standby(seed, c), Save: f.State.PutCopy, Progress: f.tell})
 	if err != nil {
 		if o.failed != nil {
 			o.failed(ctx, r.Copy, err)
@@ -127,10 +133,7 @@ func (f *Flow) undoCopy(ctx context.Context, c backup.Copy) error {
 			return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, err)
 		}
 	}
-	if err := restore.Undo(ctx, f.Provider, c); err != nil {
-		return err
-	}
-	return f.State.RemoveCopy(c.ID)
+	return f.takeDown(ctx, c)
 }
 
 // RemoveCopy takes down the copy that stands at root on this host.

@@ -65,15 +65,20 @@ func (f *Flow) planRecovery(ctx context.Context, m backup.Manifest, r Recovery, 
 		Command: func(socket string) string {
 			return strings.Join([]string{shellWord(f.Program), "wal", "fetch", "--from", shellWord(socket), "%f", `"%p"`}, " ")
 		},
-		Serve: func(ctx context.Context, socket string, uid, gid uint32) (func() error, error) {
-			s, err := archive.Serve(ctx, archive.ServeOptions{WAL: f.Catalog.WAL(), System: *list.System, Socket: socket, UID: uid, GID: gid,
-				Spool: filepath.Join(f.State.Path(), "wal-for-"+string(id))})
-			if err != nil {
-				return nil, err
-			}
-			return s.Stop, nil
-		},
+		Serve: f.serveWAL(*list.System, id),
 	}, nil
+}
+
+// serveWAL serves the WAL of the catalog to the server of that copy.
+func (f *Flow) serveWAL(system wal.System, id backup.ID) func(ctx context.Context, socket string, uid, gid uint32) (stop func() error, err error) {
+	return func(ctx context.Context, socket string, uid, gid uint32) (func() error, error) {
+		s, err := archive.Serve(ctx, archive.ServeOptions{WAL: f.Catalog.WAL(), System: system, Socket: socket, UID: uid, GID: gid,
+			Spool: filepath.Join(f.State.Path(), "wal-for-"+string(id))})
+		if err != nil {
+			return nil, err
+		}
+		return s.Stop, nil
+	}
 }
 
 // way chooses the timeline.

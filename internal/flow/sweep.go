@@ -10,7 +10,6 @@ import (
 
 	"cleancut/internal/backup"
 	"cleancut/internal/catalog"
-	"cleancut/internal/flow/restore"
 	"cleancut/internal/host"
 	"cleancut/internal/provider"
 )
@@ -111,8 +110,9 @@ func planCopies(x Facts) []Action {
 		switch {
 		case x.Busy[lockCopy(c.ID)]:
 			a.Kind, a.Why = OnlyList, "in use by a running "+string(c.Purpose)
-		case c.Purpose == backup.ForRestore && c.Ready:
-			a.Kind, a.Why = OnlyList, "a restored copy at "+c.Root+", meant to stay (remove it with `cleancut restore --undo "+c.Root+"`)"
+		case c.Stays():
+			what := map[backup.Purpose]string{backup.ForRestore: "a restored copy", backup.ForStandby: "a standby"}[c.Purpose]
+			a.Kind, a.Why = OnlyList, what+" at "+c.Root+", meant to stay (remove it with `cleancut restore --undo "+c.Root+"`)"
 		default:
 			a.Kind, a.Why = RemoveCopy, "its "+string(c.Purpose)+" or its removal was interrupted"
 		}
@@ -271,10 +271,7 @@ func (f *Flow) sweepOne(ctx context.Context, a Action) error {
 	case EndIntent:
 		return f.Catalog.EndIntent(ctx, a.Intent.ID)
 	case RemoveCopy:
-		if err := restore.Undo(ctx, f.Provider, a.Copy); err != nil {
-			return err
-		}
-		return f.State.RemoveCopy(a.Copy.ID)
+		return f.takeDown(ctx, a.Copy)
 	}
 	return fmt.Errorf("unknown action %q", a.Kind)
 }
