@@ -232,4 +232,3 @@ func TestAStandbyFollowsUnderLoadAndItsPromotedContentsAgree(t *testing.T) {
 		})
 	}
 }
-

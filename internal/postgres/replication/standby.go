@@ -18,7 +18,7 @@ import (
 
 const (
 	slotPause    = 50 * time.Millisecond // between two looks at a slot
-	slotPatience = 20 * time.Second      // for a walsender to see that its standby is gone
+	slotPatience = 10 * time.Second      // for a walsender to see that its standby is gone
 )
 
 // Primary is a server that a standby is to follow, as it was when Look looked.
