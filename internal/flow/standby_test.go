@@ -1,8 +1,11 @@
 package flow_test
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -18,6 +21,7 @@ import (
 	"cleancut/internal/postgres"
 	"cleancut/internal/postgres/pgtest"
 	"cleancut/internal/provider"
+	"cleancut/internal/wal"
 )
 
 // followed is production with data and WAL on volumes of their own, of which
@@ -34,6 +38,19 @@ func followed(t *testing.T, pool provider.Provider, o pgtest.Options, settings m
 	p.server.Start(t)
 	p.flow.Program, p.flow.BinDirs = labtest.Binary(t), []string{p.server.Installation.Bin}
 	return p
+}
+
+// soon is until, and gives up: a standby that does not follow must not keep the
+// tests of everybody waiting.
+func (p *production) soon(what string, ok func() bool) {
+	p.t.Helper()
+	end := time.Now().Add(time.Minute)
+	p.until(what, func() bool {
+		if time.Now().After(end) {
+			p.t.Fatalf("never: %s", what)
+		}
+		return ok()
+	})
 }
 
 func (p *production) target() postgres.Target {
@@ -200,7 +217,7 @@ func TestAStandbyFollowsUnderLoadAndItsPromotedContentsAgree(t *testing.T) {
 			stop()
 			want := p.contents()
 			for _, s := range standbys {
-				p.until("the standby has caught up", func() bool {
+				p.soon("the standby has caught up", func() bool {
 					s := p.status(s.Root)
 					return s.State == flow.Streaming && *s.LagBytes == 0 && *s.LagSeconds == 0
 				})
@@ -230,5 +247,198 @@ func TestAStandbyFollowsUnderLoadAndItsPromotedContentsAgree(t *testing.T) {
 			}
 			p.nothingLeft()
 		})
+	}
+}
+
+// recycled writes until production has the segment of that position no longer.
+func (p *production) recycled(lsn backup.LSN) {
+	p.t.Helper()
+	const size = 1 << 20
+	at := wal.At(1, lsn, size).File(size).String()
+	p.soon("production recycles its WAL", func() bool {
+		p.server.Exec(p.t, "SELECT pg_logical_emit_message(false, 'x', repeat('x', 3000000))", "SELECT pg_switch_wal()", "CHECKPOINT")
+		return p.value("SELECT count(*) FROM pg_ls_waldir() WHERE name = '"+at+"'") == "0"
+	})
+}
+
+// killed ends the server of a standby as a power cut would.
+func killed(t *testing.T, s flow.StandbyStatus) {
+	t.Helper()
+	if err := postgres.Kill(t.Context(), s.Root); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// sees waits until the standby shows what production has.
+func (p *production) sees(s flow.StandbyStatus) {
+	p.t.Helper()
+	p.soon("the standby has caught up", func() bool {
+		now := p.status(s.Root)
+		return now.State == flow.Streaming && now.LagBytes != nil && *now.LagBytes == 0
+	})
+	if got, want := contents(p.t, p.of(s)), p.contents(); !slices.Equal(got, want) {
+		p.t.Errorf("the standby has %v, production %v", got, want)
+	}
+}
+
+// refused fails the test unless no standby can be made of it, for that reason,
+// and nothing was made.
+func (p *production) refused(id backup.ID, is error, change func(*flow.StandbyOptions), words ...string) {
+	p.t.Helper()
+	o := flow.StandbyOptions{ID: id, Root: filepath.Join(labtest.Folder(p.t), "s"), Primary: p.target()}
+	if change != nil {
+		change(&o)
+	}
+	before := p.slots()
+	_, release, err := p.flow.Standby(p.t.Context(), o)
+	if err == nil {
+		release()
+		p.t.Fatalf("made, want it refused: %v", words)
+	}
+	for _, w := range words {
+		if !strings.Contains(err.Error()+backup.HintOf(err), w) {
+			p.t.Errorf("got %v (%s), want %q in it", err, backup.HintOf(err), w)
+		}
+	}
+	if !errors.Is(err, is) || errors.Is(err, backup.ErrLeft) || backup.HintOf(err) == "" {
+		p.t.Errorf("got %v (%s), want %v and a hint", err, backup.HintOf(err), is)
+	}
+	if after := p.slots(); after != before {
+		p.t.Errorf("slots: %s, before %s", after, before)
+	}
+	if _, err := os.Stat(o.Root); !errors.Is(err, os.ErrNotExist) {
+		p.t.Errorf("left: %s: %v", o.Root, err)
+	}
+	p.nothingLeft()
+}
+
+func TestTheCatalogBridgesWhatThePrimaryHasRecycled(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	pool := localPool(t)
+	for _, i := range pgtest.Majors(t) {
+		if i.Major != 13 && i.Major != 15 && i.Major != 18 {
+			continue
+		}
+		t.Run(fmt.Sprint(i.Major), func(t *testing.T) {
+			old := pgtest.Mkdir(t, filepath.Join(pgtest.Folder(t), "archive"))
+			p := followed(t, pool, pgtest.Options{Major: i.Major}, map[string]string{"max_wal_size": "4MB", "min_wal_size": "2MB",
+				"archive_mode": "on", "archive_command": "test ! -f " + old + "/%f && cp %p " + old + "/%f"})
+			p.shipping()
+			p.server.Exec(t, "CREATE TABLE said AS SELECT generate_series(1, 100) AS n")
+			m := p.take(backup.ModeFreeze)
+			p.server.Exec(t, "INSERT INTO said VALUES (1000)")
+			p.recycled(m.Cut.FlushLSN)
+			p.server.Exec(t, "INSERT INTO said VALUES (1001)")
+			p.shipped()
+			s := p.seeded(m.ID, nil)
+			p.sees(s)
+
+			killed(t, s)
+			if now := p.status(s.Root); now.State != flow.Broken || now.Why == "" || now.LagBytes != nil || now.SlotStatus == "" {
+				t.Errorf("with its server killed: %+v", now)
+			}
+			p.server.Exec(t, "SELECT pg_drop_replication_slot('"+s.Slot+"')", "INSERT INTO said VALUES (1002)")
+			lsn := p.shipped()
+			p.recycled(lsn)
+			if now := p.status(s.Root); now.State != flow.Broken || now.SlotStatus != "missing" {
+				t.Errorf("with its slot dropped: %+v", now)
+			}
+			p.shipped()
+			if now, err := p.flow.StartStandby(t.Context(), s.Root); err != nil || !now.Streaming {
+				t.Fatalf("started: %+v, %v (%s)", now, err, backup.HintOf(err))
+			}
+			p.sees(s)
+			if now, err := p.flow.StartStandby(t.Context(), s.Root); err != nil || !now.Streaming {
+				t.Errorf("started again: %+v, %v", now, err)
+			}
+
+			p.server.Exec(t, "ALTER SYSTEM SET max_slot_wal_keep_size = '30MB'", "SELECT pg_reload_conf()")
+			killed(t, s)
+			p.soon("the slot is invalidated", func() bool {
+				p.server.Exec(t, "SELECT pg_logical_emit_message(false, 'x', repeat('x', 3000000))", "SELECT pg_switch_wal()", "CHECKPOINT")
+				return p.value("SELECT wal_status FROM pg_replication_slots WHERE slot_name = '"+s.Slot+"'") == "lost"
+			})
+			if now := p.status(s.Root); now.State != flow.Broken || now.SlotStatus != "lost" {
+				t.Errorf("with its slot invalidated: %+v", now)
+			}
+			p.server.Exec(t, "ALTER SYSTEM RESET max_slot_wal_keep_size", "SELECT pg_reload_conf()", "INSERT INTO said VALUES (1003)")
+			p.shipped()
+			if now, err := p.flow.StartStandby(t.Context(), s.Root); err != nil || !now.Streaming {
+				t.Fatalf("started: %+v, %v (%s)", now, err, backup.HintOf(err))
+			}
+			p.sees(s)
+			if _, err := p.flow.PromoteStandby(t.Context(), s.Root); err != nil {
+				t.Fatal(err)
+			}
+			p.oldWay(old, p.of(s))
+			killed(t, s)
+			if now, err := p.flow.StartStandby(t.Context(), s.Root); err != nil || now.State != flow.Promoted {
+				t.Errorf("a promoted one, started: %+v, %v", now, err)
+			}
+			if _, err := p.flow.RemoveCopy(t.Context(), s.Root); err != nil {
+				t.Error(err)
+			}
+			p.nothingLeft()
+
+			// Neither of both has it.
+			gone := filepath.Join(filepath.Dir(p.flow.State.Path()), "catalog", "clusters", "lab", "wal", "00000001", wal.At(1, m.Cut.FlushLSN, 1<<20).Next().File(1<<20).String()+".zst")
+			if err := os.Remove(gone); err != nil {
+				t.Fatal(err)
+			}
+			p.refused(m.ID, backup.ErrNotFound, nil, "no longer", "before what the primary has", "take a newer backup")
+		})
+	}
+}
+
+// oldWay demands that archive_command has brought every segment to its folder,
+// that each is the one that the catalog has, and that nobody else wrote there.
+func (p *production) oldWay(dir string, promoted *pgx.Conn) {
+	p.t.Helper()
+	const size = 1 << 20
+	if _, err := promoted.Exec(p.t.Context(), "SELECT pg_switch_wal()"); err != nil {
+		p.t.Error(err)
+	}
+	last := p.value("SELECT pg_walfile_name(pg_switch_wal())")
+	p.soon("the last segment is archived", func() bool { return p.value("SELECT last_archived_wal >= '"+last+"' FROM pg_stat_archiver") == "true" })
+	if failed := p.value("SELECT failed_count FROM pg_stat_archiver"); failed != "0" {
+		p.t.Errorf("archive_command failed %s times", failed)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	have := wal.Set{}
+	system, err := p.flow.Catalog.WAL().System(p.t.Context())
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	compared := 0
+	for _, e := range entries {
+		f, err := wal.ParseFile(e.Name())
+		if err != nil || f.Timeline != 1 {
+			p.t.Errorf("%s in the old archive: %v", e.Name(), err)
+			continue
+		}
+		g, err := f.Segment(size)
+		if err != nil || f.Kind != wal.Whole {
+			continue
+		}
+		have[g] = true
+		var ours bytes.Buffer
+		if err := p.flow.Catalog.WAL().Get(p.t.Context(), f, system, &ours); errors.Is(err, backup.ErrNotFound) { // before our slot, or on its way
+			continue
+		} else if err != nil {
+			p.t.Fatal(err)
+		}
+		theirs, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if err != nil || !bytes.Equal(theirs, ours.Bytes()) {
+			p.t.Errorf("%s: the old archive and the catalog differ: %v", e.Name(), err)
+		}
+		compared++
+	}
+	if r := have.Ranges(); len(r) != 1 || compared < 10 {
+		p.t.Errorf("%d segments compared, ranges of the old archive: %v", compared, r)
 	}
 }
