@@ -16,6 +16,7 @@ import (
 
 	"cleancut/internal/backup"
 	"cleancut/internal/flow"
+	"cleancut/internal/flow/restore"
 	"cleancut/internal/lab/labtest"
 	"cleancut/internal/load"
 	"cleancut/internal/postgres"
@@ -36,6 +37,8 @@ func followed(t *testing.T, pool provider.Provider, o pgtest.Options, settings m
 		pgtest.Append(t, filepath.Join(p.server.DataDirectory, "postgresql.conf"), fmt.Sprintf("%s = '%s'\n", k, v))
 	}
 	p.server.Start(t)
+	began := time.Now()
+	p.flow.Progress = func(phase, detail string) { t.Logf("XX %.1f %s %s", time.Since(began).Seconds(), phase, detail) }
 	p.flow.Program, p.flow.BinDirs = labtest.Binary(t), []string{p.server.Installation.Bin}
 	return p
 }
@@ -44,6 +47,8 @@ func followed(t *testing.T, pool provider.Provider, o pgtest.Options, settings m
 // tests of everybody waiting.
 func (p *production) soon(what string, ok func() bool) {
 	p.t.Helper()
+	began := time.Now()
+	defer func() { p.t.Logf("%s: %.1f s", what, time.Since(began).Seconds()) }()
 	end := time.Now().Add(time.Minute)
 	p.until(what, func() bool {
 		if time.Now().After(end) {
@@ -103,6 +108,8 @@ func (p *production) seeded(id backup.ID, change func(*flow.StandbyOptions)) flo
 		p.t.Fatalf("%v (%s)", err, backup.HintOf(err))
 	}
 	release()
+	b, _ := os.ReadFile(filepath.Join(s.SocketDir, "postgres.log"))
+	p.t.Logf("%s", b)
 	p.t.Cleanup(func() {
 		if _, err := p.flow.StandbyStatus(context.WithoutCancel(p.t.Context()), s.Root); err == nil {
 			if _, err := p.flow.RemoveStandby(labtest.Context(p.t), s.Root, true); err != nil {
@@ -125,7 +132,7 @@ func (p *production) status(root string) flow.StandbyStatus {
 // slots lists production's slots.
 func (p *production) slots() string {
 	p.t.Helper()
-	return p.value("SELECT coalesce(string_agg(slot_name, ' ' ORDER BY slot_name), '') FROM pg_replication_slots")
+	return p.value("SELECT coalesce(string_agg(slot_name, ' ' ORDER BY slot_name), '') FROM pg_replication_slots WHERE NOT temporary")
 }
 
 // nothingLeft demands that no copy, volume of a copy or slot is there.
@@ -441,4 +448,186 @@ func (p *production) oldWay(dir string, promoted *pgx.Conn) {
 	if r := have.Ranges(); len(r) != 1 || compared < 10 {
 		p.t.Errorf("%d segments compared, ranges of the old archive: %v", compared, r)
 	}
+}
+
+func TestAPrimaryThatCannotBeFollowedIsRefused(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	p := followed(t, localPool(t), pgtest.Options{}, map[string]string{"wal_keep_size": "500MB"})
+	p.server.Exec(t, "CREATE TABLE said AS SELECT generate_series(1, 100) AS n")
+	early := p.take(backup.ModeFreeze)
+	second := p.server.Standby(t, nil)
+	at := func(s *pgtest.Server) func(*flow.StandbyOptions) {
+		return func(o *flow.StandbyOptions) { o.Primary = postgres.Target{DSN: s.DSN("postgres")} }
+	}
+	p.refused(early.ID, backup.ErrUnsupported, at(second), "is a standby itself", "--primary")
+	p.refused(early.ID, backup.ErrNotOurs, at(pgtest.New(t, pgtest.Options{})), "the primary is of system", "--primary")
+	p.server.Exec(t, "SELECT pg_create_physical_replication_slot('taken')")
+	p.refused(early.ID, backup.ErrExists, func(o *flow.StandbyOptions) { o.Slot = "taken" }, "taken", "--slot")
+	p.server.Exec(t, "ALTER SYSTEM SET synchronous_commit = local", "ALTER SYSTEM SET synchronous_standby_names = 'FIRST 1 (\"*\")'", "SELECT pg_reload_conf()")
+	p.soon("the setting", func() bool { return p.value("SELECT current_setting('synchronous_standby_names')") != "" })
+	p.refused(early.ID, backup.ErrUnsupported, nil, "counts every standby in", "synchronous_standby_names")
+	p.server.Exec(t, "ALTER SYSTEM RESET ALL", "SELECT pg_reload_conf()")
+
+	// The standby is promoted, and production goes on beside it.
+	p.server.Exec(t, "INSERT INTO said VALUES (1000)")
+	p.soon("it is replayed", func() bool {
+		return p.value("SELECT bool_and(replay_lsn = pg_current_wal_lsn()) FROM pg_stat_replication") == "true"
+	})
+	second.Exec(t, "SELECT pg_promote(true, 600)", "INSERT INTO said VALUES (2000)")
+	p.server.Exec(t, "INSERT INTO said VALUES (1001)")
+	late := p.take(backup.ModeFreeze)
+	p.refused(late.ID, backup.ErrUnsupported, at(second), "the history of the primary, which is on timeline 2, does not pass there", "take a backup")
+
+	// What was cut before the fork follows it over to the new timeline.
+	s := p.seeded(early.ID, at(second))
+	p.soon("it has come to the new timeline", func() bool {
+		now := p.status(s.Root)
+		return now.State == flow.Streaming && now.Timeline == 2 && *now.LagBytes == 0
+	})
+	if got := contents(t, p.of(s)); !slices.Equal(got, contents(t, second.Connect(t, "postgres"))) {
+		t.Errorf("got %v", got)
+	}
+	// An image that held WAL beyond the fork would have been given up.
+	copies, err := p.flow.State.Copies()
+	if err != nil || len(copies) != 1 {
+		t.Fatalf("%v, %v", copies, err)
+	}
+	killed(t, s)
+	o := restore.Options{Manifest: early, Installation: p.server.Installation, Progress: func(string, string) {},
+		Standby: &restore.Standby{Command: func(string) string { return "false" }, Forks: 1}}
+	if _, err := restore.Follow(t.Context(), o, copies[0]); !errors.Is(err, backup.ErrUnsupported) || !strings.Contains(err.Error(), "left that timeline") {
+		t.Errorf("got %v", err)
+	}
+	if now := p.status(s.Root); now.State != flow.Broken {
+		t.Errorf("its server runs: %+v", now)
+	}
+}
+
+func TestAPrimaryThatIsDownLeavesItsSlotsToTheNextTry(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	p := followed(t, localPool(t), pgtest.Options{}, map[string]string{"wal_keep_size": "500MB"})
+	p.server.Exec(t, "CREATE TABLE said AS SELECT generate_series(1, 100) AS n")
+	m := p.take(backup.ModeFreeze)
+	a, b := p.seeded(m.ID, func(o *flow.StandbyOptions) { o.Slot = "its_own_name" }), p.seeded(m.ID, nil)
+	if list, err := p.flow.Standbys(t.Context()); err != nil || len(list) != 2 || a.Slot != "its_own_name" || a.Name == b.Name {
+		t.Errorf("list: %+v, %v", list, err)
+	}
+	facts, err := p.flow.SweepFacts(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, x := range flow.PlanSweep(facts) {
+		if x.Kind != flow.OnlyList {
+			t.Errorf("sweep would touch what stands: %+v", x)
+		}
+	}
+	p.sees(a)
+	want := p.contents()
+	p.server.Stop(t)
+	if now := p.status(a.Root); now.State != flow.Broken || !strings.Contains(now.Why, "the primary does not answer") || now.SlotStatus != "unknown" {
+		t.Errorf("with the primary down: %+v", now)
+	}
+	promotion, err := p.flow.PromoteStandby(t.Context(), a.Root)
+	if err != nil || promotion.Timeline != 2 || promotion.Slot != a.Slot || promotion.Why == "" {
+		t.Errorf("promoted: %+v, %v", promotion, err)
+	}
+	if got := contents(t, p.of(a)); !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	if _, err := p.flow.RemoveStandby(t.Context(), b.Root, false); !errors.Is(err, backup.ErrLeft) || !strings.Contains(err.Error(), b.Slot) || backup.HintOf(err) == "" {
+		t.Errorf("removed: %v (%s)", err, backup.HintOf(err))
+	}
+	if _, err := os.Stat(b.Root); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the rest is there: %v", err)
+	}
+	if _, err := p.flow.RemoveCopy(t.Context(), b.Root); !errors.Is(err, backup.ErrLeft) || !strings.Contains(err.Error(), b.Slot) {
+		t.Errorf("removed again: %v", err)
+	}
+	p.server.Start(t)
+	if facts, err = p.flow.SweepFacts(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.flow.Sweep(t.Context(), flow.PlanSweep(facts)); err != nil {
+		t.Errorf("sweep: %v", err)
+	}
+	if s := p.slots(); s != a.Slot {
+		t.Errorf("slots: %q, want that of the promoted one, which stands", s)
+	}
+	if _, err := p.flow.RemoveStandby(t.Context(), a.Root, false); err != nil {
+		t.Error(err)
+	}
+	p.nothingLeft()
+}
+
+// TestAPasswordIsShownToThePrimaryOnly follows a primary that wants one, over
+// TCP, and lets clients in over TCP.
+func TestAPasswordIsShownToThePrimaryOnly(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	const secret = `se:cr\et word`
+	address := fmt.Sprintf("127.%d.%d.9", 64+os.Getpid()%128, os.Getpid()/128%256)
+	p := followed(t, localPool(t), pgtest.Options{HBA: "local all all trust\nlocal replication all trust\nhost all all all scram-sha-256\nhost replication all all scram-sha-256\n"},
+		map[string]string{"wal_keep_size": "500MB", "listen_addresses": address, "password_encryption": "scram-sha-256"})
+	p.server.Exec(t, "CREATE TABLE said AS SELECT 1 AS n", "CREATE ROLE rep REPLICATION LOGIN PASSWORD '"+secret+"'")
+	m := p.take(backup.ModeFreeze)
+	words := func(s string) string { return "'" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(s) + "'" }
+	listen := address + ":5433"
+	s := p.seeded(m.ID, func(o *flow.StandbyOptions) {
+		o.Primary = postgres.Target{DSN: fmt.Sprintf("host=%s port=%d user=rep sslmode=disable password=%s", address, p.server.Port, words(secret))}
+		o.Listen = listen
+	})
+	p.soon("it has caught up", func() bool { now := p.status(s.Root); return now.State == flow.Streaming && *now.LagBytes == 0 })
+	info, err := os.Stat(filepath.Join(s.Root, postgres.Passfile))
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("passfile: %v, %v", info, err)
+	}
+	found := 0
+	entries, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		line, _ := os.ReadFile(e)
+		if bytes.Contains(line, []byte(s.Slot)) {
+			found++
+		}
+		if bytes.Contains(line, []byte("cr\\et")) {
+			t.Errorf("%s holds the password: %q", e, line)
+		}
+	}
+	if found == 0 {
+		t.Error("no server was looked at")
+	}
+	for _, dir := range []string{filepath.Join(s.Root, postgres.Private), p.flow.State.Path()} {
+		err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+			if err != nil || !d.Type().IsRegular() || path == filepath.Join(s.Root, postgres.Passfile) {
+				return nil
+			}
+			b, err := os.ReadFile(path)
+			if bytes.Contains(b, []byte("se:cr")) || bytes.Contains(b, []byte(`cr\\et`)) {
+				t.Errorf("%s holds the password", path)
+			}
+			return err
+		})
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	conn, err := pgx.Connect(t.Context(), fmt.Sprintf("host=%s port=5433 user=rep dbname=postgres sslmode=disable password=%s", address, words(secret)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.Close(t.Context())
+	if _, err := pgx.Connect(t.Context(), fmt.Sprintf("host=%s port=5433 user=rep dbname=postgres sslmode=disable password=wrong", address)); err == nil {
+		t.Error("let in with a wrong password")
+	}
+	if _, err := p.flow.RemoveStandby(t.Context(), s.Root, false); err != nil {
+		t.Error(err)
+	}
+	p.nothingLeft()
 }

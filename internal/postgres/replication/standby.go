@@ -148,7 +148,11 @@ func Hold(ctx context.Context, t postgres.Target, name string, from wal.Segment,
 	if err := read(ctx, t, name, from, size, nil); err != nil { // it was kept before anybody held it: is it there still?
 		return err
 	}
-	s, err := lookAtSlot(ctx, sql, name, "")
+	var s Slot
+	_, err = poll(ctx, func() (bool, error) { // a standby finds it free
+		s, err = lookAtSlot(ctx, sql, name, "")
+		return !s.Active, err
+	})
 	if err == nil && (s.Status == "lost" || s.Status == "unreserved") {
 		err = fmt.Errorf("replication slot %s: the server is about to remove what it keeps (max_slot_wal_keep_size): %w", name, ErrLost)
 	}
