@@ -37,8 +37,6 @@ func followed(t *testing.T, pool provider.Provider, o pgtest.Options, settings m
 		pgtest.Append(t, filepath.Join(p.server.DataDirectory, "postgresql.conf"), fmt.Sprintf("%s = '%s'\n", k, v))
 	}
 	p.server.Start(t)
-	began := time.Now()
-	p.flow.Progress = func(phase, detail string) { t.Logf("XX %.1f %s %s", time.Since(began).Seconds(), phase, detail) }
 	p.flow.Program, p.flow.BinDirs = labtest.Binary(t), []string{p.server.Installation.Bin}
 	return p
 }
@@ -47,8 +45,6 @@ func followed(t *testing.T, pool provider.Provider, o pgtest.Options, settings m
 // tests of everybody waiting.
 func (p *production) soon(what string, ok func() bool) {
 	p.t.Helper()
-	began := time.Now()
-	defer func() { p.t.Logf("%s: %.1f s", what, time.Since(began).Seconds()) }()
 	end := time.Now().Add(time.Minute)
 	p.until(what, func() bool {
 		if time.Now().After(end) {
@@ -108,8 +104,6 @@ func (p *production) seeded(id backup.ID, change func(*flow.StandbyOptions)) flo
 		p.t.Fatalf("%v (%s)", err, backup.HintOf(err))
 	}
 	release()
-	b, _ := os.ReadFile(filepath.Join(s.SocketDir, "postgres.log"))
-	p.t.Logf("%s", b)
 	p.t.Cleanup(func() {
 		if _, err := p.flow.StandbyStatus(context.WithoutCancel(p.t.Context()), s.Root); err == nil {
 			if _, err := p.flow.RemoveStandby(labtest.Context(p.t), s.Root, true); err != nil {

@@ -106,8 +106,10 @@ func (s *Standby) await(ctx context.Context, i *postgres.Instance, c backup.Copy
 		case err == nil && !began:
 			first, began = f, true
 		}
-		got := f.Received > f.Begun && f.Begun > 0 || f.Ahead > 0 && f.Ahead <= f.Received
-		if err == nil && f.Streaming && got && (f.Replayed > first.Replayed || f.Replayed >= f.Ahead) {
+		// What the receiver got counts from where replay was, so of a primary
+		// that writes nothing it got nothing: then replay is where that is.
+		onward := f.Received > f.Begun && f.Replayed > first.Replayed
+		if err == nil && f.Streaming && (onward || f.Ahead > 0 && f.Replayed >= f.Ahead) {
 			return nil
 		}
 		if f.Replayed > last.Replayed || f.Received > last.Received {

@@ -142,21 +142,27 @@ func Hold(ctx context.Context, t postgres.Target, name string, from wal.Segment,
 	if err := fault.Point(ctx, "replication.slot done"); err != nil {
 		return err
 	}
-	if err := read(ctx, t, name, from, size, sql); err != nil {
-		return err
-	}
-	if err := read(ctx, t, name, from, size, nil); err != nil { // it was kept before anybody held it: is it there still?
-		return err
-	}
 	var s Slot
-	_, err = poll(ctx, func() (bool, error) { // a standby finds it free
-		s, err = lookAtSlot(ctx, sql, name, "")
-		return !s.Active, err
-	})
-	if err == nil && (s.Status == "lost" || s.Status == "unreserved") {
-		err = fmt.Errorf("replication slot %s: the server is about to remove what it keeps (max_slot_wal_keep_size): %w", name, ErrLost)
+	for _, confirms := range []*pgx.Conn{sql, nil} { // it was kept before anybody held it: is it there still?
+		if err := read(ctx, t, name, from, size, confirms); err != nil {
+			return err
+		}
+		// The next receiver, the standby at last, finds it free.
+		free, err := poll(ctx, func() (bool, error) {
+			s, err = lookAtSlot(ctx, sql, name, "")
+			return !s.Active, err
+		})
+		if err == nil && !free {
+			err = fmt.Errorf("replication slot %s: %w", name, backup.ErrInUse)
+		}
+		if err != nil {
+			return err
+		}
 	}
-	return err
+	if s.Status == "lost" || s.Status == "unreserved" {
+		return fmt.Errorf("replication slot %s: the server is about to remove what it keeps (max_slot_wal_keep_size): %w", name, ErrLost)
+	}
+	return nil
 }
 
 // Has reports whether the server has that segment: nil, or an error that wraps
