@@ -183,7 +183,7 @@ func (f *Flow) standby(s *seed, c backup.Copy) *restore.Standby {
 	if s == nil {
 		return nil
 	}
-	out := &restore.Standby{Password: s.password, Least: s.primary.Settings, Forks: s.forks, Command: f.askWhoServes}
+	out := &restore.Standby{Password: s.password, Least: s.primary.Settings, Forks: s.forks, Was: s.primary.Flushed, Command: f.askWhoServes}
 	out.Hold = func(ctx context.Context) error {
 		err := replication.Hold(ctx, s.options.Primary, s.slot, s.hold, s.primary.System.SegmentSize)
 		if errors.Is(err, backup.ErrExists) {

@@ -264,6 +264,9 @@ func (f *Flow) StartStandby(ctx context.Context, root string) (s StandbyStatus, 
 		return s, err
 	}
 	o := restore.Options{Manifest: entry.Manifest, Installation: inst, Progress: f.tell, Standby: &restore.Standby{Command: f.askWhoServes}}
+	if s.PrimaryLSN != nil {
+		o.Standby.Was = *s.PrimaryLSN
+	}
 	system, err := f.Catalog.WAL().System(ctx)
 	if err == nil && system == (wal.System{Identifier: c.Standby.System, SegmentSize: entry.Manifest.Server.WALSegmentSize}) {
 		o.Standby.Serve = f.serveWAL(system, c.ID)

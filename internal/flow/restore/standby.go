@@ -23,7 +23,10 @@ type Standby struct {
 	// called before anything of the copy is made.
 	Hold func(ctx context.Context) error
 	// Forks is where the primary left the backup's timeline; 0: it has not.
-	Forks   backup.LSN
+	Forks backup.LSN
+	// Was is where the primary's WAL ended when it was looked at, and from
+	// where on it keeps it; 0: that is not known.
+	Was     backup.LSN
 	Command func(socket string) string // restore_command
 	// Serve answers restore_command until the standby streams; nil: nobody does.
 	Serve func(ctx context.Context, socket string, uid, gid uint32) (stop func() error, err error)
@@ -109,7 +112,8 @@ func (s *Standby) await(ctx context.Context, i *postgres.Instance, c backup.Copy
 		// What the receiver got counts from where replay was, so of a primary
 		// that writes nothing it got nothing: then replay is where that is.
 		onward := f.Received > f.Begun && f.Replayed > first.Replayed
-		if err == nil && f.Streaming && (onward || f.Ahead > 0 && f.Replayed >= f.Ahead) {
+		there := f.Ahead > 0 && f.Replayed >= f.Ahead || s.Was > 0 && f.Replayed >= s.Was
+		if err == nil && f.Streaming && (onward || there) {
 			return nil
 		}
 		if f.Replayed > last.Replayed || f.Received > last.Received {
