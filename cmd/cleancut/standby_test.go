@@ -115,7 +115,7 @@ func TestAStandbyStoppedAnywhereLeavesNothing(t *testing.T) {
 		p.underFaults(t, flowUnderFault{within: "postgres.start", removes: undo, always: true, args: made})
 	})
 	t.Run("all of it", func(t *testing.T) {
-		p.underFaults(t, flowUnderFault{killsOnce: true, from: "provider.create volume", removes: undo, always: true, args: made})
+		p.underFaults(t, flowUnderFault{killsOnce: true, removes: undo, always: true, args: made})
 	})
 	t.Run("removal", func(t *testing.T) {
 		p.underFaults(t, flowUnderFault{killsOnce: true, removes: none, always: true, args: func(t *testing.T) []string {

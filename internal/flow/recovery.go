@@ -73,12 +73,17 @@ func (f *Flow) planRecovery(ctx context.Context, m backup.Manifest, r Recovery, 
 func (f *Flow) serveWAL(system wal.System, id backup.ID) func(ctx context.Context, socket string, uid, gid uint32) (stop func() error, err error) {
 	return func(ctx context.Context, socket string, uid, gid uint32) (func() error, error) {
 		s, err := archive.Serve(ctx, archive.ServeOptions{WAL: f.Catalog.WAL(), System: system, Socket: socket, UID: uid, GID: gid,
-			Spool: filepath.Join(f.State.Path(), "wal-for-"+string(id))})
+			Spool: f.spool(id)})
 		if err != nil {
 			return nil, err
 		}
 		return s.Stop, nil
 	}
+}
+
+// spool is where WAL lies that is served to that copy.
+func (f *Flow) spool(id backup.ID) string {
+	return filepath.Join(f.State.Path(), "wal-for-"+string(id))
 }
 
 // way chooses the timeline.

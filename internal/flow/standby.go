@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"time"
 
@@ -217,6 +218,9 @@ func (f *Flow) takeDown(ctx context.Context, c backup.Copy) error {
 	}
 	if err := restore.Undo(ctx, f.Provider, c); err != nil {
 		return errors.Join(err, left)
+	}
+	if err := os.RemoveAll(f.spool(c.ID)); err != nil { // of a process that was killed
+		return errors.Join(fmt.Errorf("served WAL: %w: %w", backup.ErrLeft, err), left)
 	}
 	if left != nil {
 		return left
