@@ -86,7 +86,7 @@ func TestLogicalVolumesAreShown(t *testing.T) {
 
 func TestEveryCommandIsKnownToTheHelp(t *testing.T) {
 	out := bare(t).must(t, "--help").out
-	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "wal", "delete", "hold", "prune", "sweep", "catalog", "thaw", "demo", "drill", "ec2sim"} {
+	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "standby", "wal", "delete", "hold", "prune", "sweep", "catalog", "thaw", "demo", "drill", "ec2sim"} {
 		if !regexp.MustCompile(`(?m)^  ` + c + ` `).MatchString(out) {
 			t.Errorf("%s is not in the help", c)
 		}
@@ -123,6 +123,11 @@ func TestWrongRequestsExitWith2AndSayWhatIsWrong(t *testing.T) {
 		{"restore " + id, "--to DIR|cleancut list"},
 		{"restore --undo /tmp/x " + id, "--undo DIR stands alone"},
 		{"restore " + id + " surplus --to /tmp/x", "restore"},
+		{"standby", "--to DIR|promote"},
+		{"standby " + id, "--to DIR"},
+		{"standby frobnicate", "standby|--help"},
+		{"standby nonsense --to /tmp/x", "is no backup id"},
+		{"standby promote", "wants the folder of a standby"},
 		{"verify --level everything " + id, "everything|start, rows or full"},
 		{"dump --level 99 " + id, "99|1 to 22"},
 		{"backup --mode sideways", "sideways|auto, group, freeze or bracketed"},

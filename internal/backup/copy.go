@@ -16,6 +16,7 @@ const (
 	ForRestore Purpose = "restore" // stays until it is removed on request
 	ForVerify  Purpose = "verify"
 	ForDump    Purpose = "dump"
+	ForStandby Purpose = "standby" // stays, like ForRestore, and follows a primary
 )
 
 // Copy is a cluster made from a backup on some host. It is written to the
@@ -42,6 +43,18 @@ type Copy struct {
 	Answered      float64          `json:"seconds_restore_to_first_query"` // from Created
 	Hydrated      *Hydration       `json:"hydrated"`                       // nil: nobody read the volumes through
 	Production    *Production      `json:"production,omitempty"`           // only ForProduction
+	Standby       *Standby         `json:"standby,omitempty"`              // of ForStandby
+}
+
+// Standby is what makes a copy follow a primary.
+type Standby struct {
+	// Primary is a connection string (libpq) without a password; where there is
+	// one, the string names a passfile below the copy's root.
+	Primary string           `json:"primary"`
+	System  SystemIdentifier `json:"system_identifier"` // of the primary
+	Slot    string           `json:"slot"`              // replication slot on the primary; "": it is dropped
+	Name    string           `json:"name"`              // application_name, and cluster_name
+	Listen  string           `json:"listen,omitempty"`  // ADDRESS:PORT
 }
 
 // Hydration is how far the volumes of a copy were read through.
@@ -90,6 +103,12 @@ func (c Copy) Original(inCopy string) string {
 		return "/" + rel
 	}
 	return inCopy
+}
+
+// Stays reports whether the copy is handed over and goes only when somebody
+// asks for it.
+func (c Copy) Stays() bool {
+	return c.Ready && (c.Purpose == ForRestore || c.Purpose == ForStandby)
 }
 
 // PrivateDir is the folder for what cleancut itself puts beside the cluster:

@@ -126,4 +126,16 @@ func TestAStandbyIsBackedUpBracketed(t *testing.T) {
 	if err := p.judge(m, load.Promise{}); err != nil { // a standby promises no row
 		t.Errorf("judged damaged: %v", err)
 	}
+	// It is promoted inside the window.
+	o.Mode, o.FastCheckpoint = backup.ModeBracketed, true
+	o.BeforeFreeze = func(context.Context) error {
+		p.server.Exec(t, "SELECT pg_promote(true, 600)")
+		return nil
+	}
+	if m, err := p.flow.Backup(t.Context(), o); !errors.Is(err, backup.ErrVoid) || errors.Is(err, backup.ErrLeft) {
+		t.Errorf("promoted inside the window: got %s, %v", m.ID, err)
+	}
+	if intents, err := p.flow.Catalog.Intents(t.Context()); err != nil || len(intents) > 0 {
+		t.Errorf("left: %v, %v", intents, err)
+	}
 }

@@ -31,6 +31,7 @@ type RestoreOptions struct {
 	// production is what the copy is going to be in the end; see Produce.
 	production *backup.Production
 
+	standby *StandbyOptions // nil: none
 	// failed is given what stands when the restore has failed, before it is
 	// removed; it may be nil.
 	failed func(ctx context.Context, c backup.Copy, err error)
@@ -73,6 +74,10 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	if err != nil {
 		return r, nil, err
 	}
+	seed, err := f.planStandby(ctx, m, o.standby, copyID)
+	if err != nil {
+		return r, nil, err
+	}
 	c := backup.Copy{ID: copyID, Backup: m.ID, Cluster: m.Cluster, Host: f.Host, Purpose: o.Purpose, Created: time.Now().UTC(), Major: m.Server.Major(), Production: o.production}
 	release, err = f.State.Lock(lockCopy(c.ID))
 	if err != nil {
@@ -82,13 +87,14 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 		release()
 		return r, nil, err
 	}
+	c.Standby = seed.record(c)
 	if err := f.State.PutCopy(c); err != nil {
 		release()
 		return r, nil, errors.Join(err, os.Remove(c.Root))
 	}
 	r = Restored{Manifest: m, Installation: inst}
 	r.Copy, r.Instance, err = restore.Run(ctx, f.Provider, restore.Options{Manifest: m, Digest: entry.Complete.Digest, Copy: c, Installation: inst,
-		Segment: f.segment(m), Archive: beyond, NewTimeline: o.production != nil, Settings: productionSettings(m, o.production), Save: f.State.PutCopy, Progress: f.tell})
+		Segment: f.segment(m), Archive: beyond, Standby: f.standby(seed, c), NewTimeline: o.production != nil, Settings: productionSettings(m, o.production), Save: f.State.PutCopy, Progress: f.tell})
 	if err != nil {
 		if o.failed != nil {
 			o.failed(ctx, r.Copy, err)
@@ -142,17 +148,6 @@ func (f *Flow) undoCopy(ctx context.Context, c backup.Copy) error {
 		}
 	}
 	return f.takeDown(ctx, c)
-}
-
-// takeDown is undoCopy without its context, for sweep.
-func (f *Flow) takeDown(ctx context.Context, c backup.Copy) error {
-	if err := restore.Undo(ctx, f.Provider, c); err != nil {
-		return err
-	}
-	if err := os.RemoveAll(f.spool(c.ID)); err != nil { // of a process that was killed
-		return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, err)
-	}
-	return f.State.RemoveCopy(c.ID)
 }
 
 // RemoveCopy takes down the copy that stands at root on this host.

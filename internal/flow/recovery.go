@@ -60,18 +60,24 @@ func (f *Flow) planRecovery(ctx context.Context, m backup.Manifest, r Recovery, 
 		Command: func(socket string) string {
 			return strings.Join([]string{shellWord(f.Program), "wal", "fetch", "--from", shellWord(socket), "%f", `"%p"`}, " ")
 		},
-		Serve: func(ctx context.Context, socket string, uid, gid uint32) (func() error, error) {
-			s, err := archive.Serve(ctx, archive.ServeOptions{WAL: f.Catalog.WAL(), System: *list.System, Socket: socket, UID: uid, GID: gid,
-				Spool: f.spool(id), Planned: list.listed(m.Cut.FlushLSN)})
-			if err != nil {
-				return nil, err
-			}
-			return s.Stop, nil
-		},
+		Serve: f.serveWAL(*list.System, id, list.listed(m.Cut.FlushLSN)),
 	}, nil
 }
 
-// spool is where WAL lies on its way to a copy.
+// serveWAL serves the WAL of the catalog to the server of that copy; planned is
+// that of archive.ServeOptions.
+func (f *Flow) serveWAL(system wal.System, id backup.ID, planned func(wal.File) bool) func(ctx context.Context, socket string, uid, gid uint32) (stop func() error, err error) {
+	return func(ctx context.Context, socket string, uid, gid uint32) (func() error, error) {
+		s, err := archive.Serve(ctx, archive.ServeOptions{WAL: f.Catalog.WAL(), System: system, Socket: socket, UID: uid, GID: gid,
+			Spool: f.spool(id), Planned: planned})
+		if err != nil {
+			return nil, err
+		}
+		return s.Stop, nil
+	}
+}
+
+// spool is where WAL lies that is served to that copy.
 func (f *Flow) spool(id backup.ID) string {
 	return filepath.Join(f.State.Path(), "wal-for-"+string(id))
 }

@@ -114,8 +114,9 @@ func planCopies(x Facts) []Action {
 			a.Kind, a.Why = OnlyList, "was production at "+c.DataDirectory+"; its volumes are gone"
 		case c.InService():
 			a.Kind, a.Why = OnlyList, "production at "+c.DataDirectory+", restored from backup "+string(c.Backup)+": never removed"
-		case c.Purpose == backup.ForRestore && c.Ready:
-			a.Kind, a.Why = OnlyList, "a restored copy at "+c.Root+", meant to stay (remove it with `cleancut restore --undo "+c.Root+"`)"
+		case c.Stays():
+			what := map[backup.Purpose]string{backup.ForRestore: "a restored copy", backup.ForStandby: "a standby"}[c.Purpose]
+			a.Kind, a.Why = OnlyList, what+" at "+c.Root+", meant to stay (remove it with `cleancut restore --undo "+c.Root+"`)"
 		default:
 			a.Kind, a.Why = RemoveCopy, "its "+string(c.Purpose)+" or its removal was interrupted"
 		}

@@ -86,7 +86,7 @@ func (i *Instance) ask(ctx context.Context) (done bool, err error) {
 	if err := conn.QueryRow(ctx, `SELECT pg_is_in_recovery(), pg_last_wal_replay_lsn()::text`).Scan(&recovering, &replayed); err != nil {
 		return false, ctx.Err() // the session may end as recovery does
 	}
-	if recovering {
+	if recovering && !i.standby {
 		return false, nil
 	}
 	if replayed != nil {

@@ -24,12 +24,12 @@ const bracketPlaced = Private + "/bracket-placed"
 // WAL from start to end in the place of whatever the image's pg_wal holds,
 // tablespace_map with the copy's paths (the server makes the links of
 // pg_tblspc anew from it), a standby's pg_control, the signal that makes
-// recovery end with a timeline of its own, and the label, by which all of
+// recovery end with a timeline of its own or not at all, and the label, by which all of
 // this counts, last.
 func (c *image) placeBracket(ctx context.Context) error {
 	b := c.plan.Bracket
-	if b == nil && c.plan.Archive {
-		return c.write(c.data, "recovery.signal", "")
+	if b == nil && (c.plan.Archive || c.plan.Standby != nil) {
+		return c.write(c.data, c.signal(), "")
 	}
 	if b == nil || c.placed() {
 		return nil
@@ -51,7 +51,7 @@ func (c *image) placeBracket(ctx context.Context) error {
 			return err
 		}
 	}
-	return errors.Join(c.write(c.data, "recovery.signal", ""), c.write(c.data, "backup_label", string(b.Label)), c.write(c.root, bracketPlaced, ""))
+	return errors.Join(c.write(c.data, c.signal(), ""), c.write(c.data, "backup_label", string(b.Label)), c.write(c.root, bracketPlaced, ""))
 }
 
 func (c *image) placed() bool {

@@ -136,7 +136,7 @@ func Isolation(c Copy, control Control) []Setting {
 		{"hba_file", filepath.Join(private, "pg_hba.conf"), "production's clients are let in", "guc.c"},
 		{"ident_file", filepath.Join(private, "pg_ident.conf"), "the same", "guc.c"},
 		{"unix_socket_directories", private, "production's socket is replaced", "pqcomm.c"},
-		{"port", strconv.Itoa(copyPort), "the same", "pqcomm.c"},
+		{"port", strconv.Itoa(c.Standby.port()), "the same", "pqcomm.c"},
 		{"external_pid_file", filepath.Join(private, "external.pid"), "production's pid file is replaced", "postmaster.c; empty is no name to it"},
 		{"log_directory", filepath.Join(private, "log"), "logs in production's directory", "syslogger.c"},
 		{"shared_preload_libraries", quoteList(keep), "background workers that act by themselves", "table workers"},
@@ -167,8 +167,13 @@ func Isolation(c Copy, control Control) []Setting {
 	if c.NoFsync {
 		out = append(out, Setting{"fsync", "off", "slow", "option: the copy is thrown away"})
 	}
-	for _, name := range slices.Sorted(maps.Keys(c.Settings)) {
-		out = append(out, Setting{name, c.Settings[name], "", "asked for"})
+	settings := maps.Clone(c.Settings)
+	if c.Standby != nil {
+		settings = c.Standby.settings()
+		maps.Copy(settings, c.Settings)
+	}
+	for _, name := range slices.Sorted(maps.Keys(settings)) {
+		out = append(out, Setting{name, settings[name], "", "asked for"})
 	}
 	return out
 }

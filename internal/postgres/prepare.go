@@ -36,6 +36,8 @@ type Plan struct {
 	// restore_command brings (recovery.signal). Without a label it recovers
 	// from the image's own WAL first (InitWalRecovery, "atomic filesystem snapshot").
 	Archive bool
+	// Standby makes a standby of the copy (standby.signal); nil: none.
+	Standby *Standby
 }
 
 // Prepare turns the image of a data directory, with its WAL and tablespaces
@@ -74,6 +76,7 @@ func Prepare(ctx context.Context, p Plan) (err error) {
 		{"prepare.remove", c.discard},
 		{"prepare.autoconf", c.emptyAutoConf},
 		{"prepare.config", c.writeConfig},
+		{"prepare.standby", c.placeStandby},
 		{"prepare.bracket", c.placeBracket},
 		{"prepare.verify", c.verifyLinks},
 	}
@@ -215,7 +218,7 @@ func removed() []string {
 
 func (c *image) discard(ctx context.Context) error {
 	for _, name := range removed() {
-		if c.placed() && (name == "recovery.signal" || name == "tablespace_map") { // ours, of an earlier run
+		if c.placed() && (name == c.signal() || name == "tablespace_map") { // ours, of an earlier run
 			continue
 		}
 		if err := c.data.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -378,9 +381,13 @@ func writeOwned(r *os.Root, name, content string, uid, gid int) error {
 }
 
 func (c *image) writeConfig(context.Context) error {
+	hba := hbaFile
+	if s := c.plan.Standby; s != nil && s.Listen != "" {
+		hba += clients
+	}
 	return errors.Join(
 		c.write(c.root, Private+"/postgresql.conf", configFile(c.plan.Server.Settings)),
-		c.write(c.root, Private+"/pg_hba.conf", hbaFile),
+		c.write(c.root, Private+"/pg_hba.conf", hba),
 		c.write(c.root, Private+"/pg_ident.conf", "# Written by cleancut: maps nobody.\n"),
 	)
 }

@@ -32,6 +32,7 @@ type Copy struct {
 	Settings     map[string]string // beat the isolation: for recovery targets, not to undo it
 	NoFsync      bool              // for a copy that is thrown away in any case
 	NoAutovacuum bool
+	Standby      *Standby // nil: none. Its server is up when it answers, in recovery
 	// Unconfined lets the server see the host's folders writable. By default
 	// a root process starts it in a mount namespace of its own in which all but
 	// Root, /dev and /proc is read-only, see confine; a process that is not root
@@ -62,6 +63,7 @@ type Instance struct {
 	// and would then promise a record that was lost. Of an image that was shut
 	// down cleanly, where nothing is replayed, it is the checkpoint's position.
 	EndOfRecovery backup.LSN
+	standby       bool          // it is up also in recovery
 	FirstQuery    time.Duration // from the start of the program to the first answer out of recovery
 	RecoveryTook  time.Duration // as the server logged it (14+), 0 if it did not
 }
@@ -73,10 +75,12 @@ type instanceFile struct {
 	Major     int    `json:"major"`
 	Superuser string `json:"superuser"`
 	LogOffset int64  `json:"log_offset"`
+	Port      int    `json:"port,omitempty"` // where it is not copyPort
+	Standby   bool   `json:"standby,omitempty"`
 }
 
 // Start runs postgres on a prepared copy and returns once it answers queries
-// and is out of recovery. The server leads a session of its own and survives
+// and, if it is no standby, is out of recovery. The server leads a session of its own and survives
 // this process. Its output goes to Root/.cleancut/postgres.log.
 //
 // If the server ends first, the error holds the last lines of its log and, for
@@ -146,7 +150,7 @@ func (c *Copy) instance() (*Instance, []Setting, error) {
 	if _, err := os.Stat(filepath.Join(c.privateDir(), "pg_hba.conf")); err != nil {
 		return nil, nil, fmt.Errorf("the copy was not prepared: %w", err)
 	}
-	socket := filepath.Join(c.privateDir(), fmt.Sprintf(".s.PGSQL.%d", copyPort))
+	socket := filepath.Join(c.privateDir(), fmt.Sprintf(".s.PGSQL.%d", c.Standby.port()))
 	if len(socket) > socketLimit {
 		return nil, nil, backup.Hint(fmt.Errorf("%w: the socket's path %s is longer than %d bytes", backup.ErrUsage, socket, socketLimit), "choose a shorter folder for the copy")
 	}
@@ -165,8 +169,8 @@ func (c *Copy) instance() (*Instance, []Setting, error) {
 		return nil, nil, fmt.Errorf("%s belongs to root, as whom PostgreSQL does not run: %w", c.Data, backup.ErrUnsupported)
 	}
 	inst := &Instance{
-		Root: c.Root, DataDirectory: c.Data, SocketDir: c.privateDir(), Port: copyPort,
-		Superuser: c.Server.Superuser, Installation: c.Installation, UID: uid, GID: gid, cold: c.Settings["hot_standby"] == "off",
+		Root: c.Root, DataDirectory: c.Data, SocketDir: c.privateDir(), Port: c.Standby.port(), standby: c.Standby != nil, cold: c.Settings["hot_standby"] == "off",
+		Superuser: c.Server.Superuser, Installation: c.Installation, UID: uid, GID: gid,
 	}
 	if inst.Superuser == "" {
 		inst.Superuser = "postgres"
@@ -220,7 +224,7 @@ func (i *Instance) openLog() (*os.File, int64, error) {
 
 func (i *Instance) record(offset int64) error {
 	b, err := json.Marshal(instanceFile{
-		Data: i.DataDirectory, Bin: i.Installation.Bin, Major: i.Installation.Major, Superuser: i.Superuser, LogOffset: offset,
+		Data: i.DataDirectory, Bin: i.Installation.Bin, Major: i.Installation.Major, Superuser: i.Superuser, LogOffset: offset, Port: i.Port, Standby: i.standby,
 	})
 	if err != nil {
 		return err

@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -23,7 +24,8 @@ const (
 )
 
 // Open finds the server that Start left running below root, for a process
-// that was started later, and waits until it is out of recovery. ErrNotFound
+// that was started later, and waits until it is out of recovery, unless it is a
+// standby. ErrNotFound
 // when none runs. FirstQuery is not known any more, nor is EndOfRecovery where
 // nothing was replayed because the image had been shut down cleanly: both are 0.
 func Open(ctx context.Context, root string) (*Instance, error) {
@@ -40,7 +42,7 @@ func Open(ctx context.Context, root string) (*Instance, error) {
 		return nil, fmt.Errorf("a server running in %s: %w", root, backup.ErrNotFound)
 	}
 	i := &Instance{
-		PID: pid, Root: root, DataDirectory: f.Data, SocketDir: filepath.Join(root, Private), Port: copyPort,
+		PID: pid, Root: root, DataDirectory: f.Data, SocketDir: filepath.Join(root, Private), Port: cmp.Or(f.Port, copyPort), standby: f.Standby,
 		Superuser: f.Superuser, Installation: Installation{Major: f.Major, Bin: f.Bin},
 	}
 	if i.UID, i.GID, err = owner(f.Data); err != nil {

@@ -69,6 +69,7 @@ type Options struct {
 	// Segment opens a WAL file of a bracketed backup.
 	Segment  func(ctx context.Context, name string) (io.ReadCloser, error)
 	Archive  *Archive          // nil: recovery needs nothing beyond the backup
+	Standby  *Standby          // nil: none; never together with Archive
 	Settings map[string]string // more for the copy's server, beating all others; may be nil
 	// NewTimeline lets recovery end on a timeline of its own in any case, also
 	// of an atomic cut without an archive.
@@ -95,6 +96,12 @@ func Run(ctx context.Context, p Provider, o Options) (backup.Copy, *postgres.Ins
 	o.Progress("snapshots", fmt.Sprintf("%d, checking", len(m.Snapshots)))
 	if err := checkSnapshots(ctx, p, m, o.Digest); err != nil {
 		return c, nil, err
+	}
+	if o.Standby != nil {
+		o.Progress("slot", c.Standby.Slot)
+		if err := o.Standby.Hold(ctx); err != nil {
+			return c, nil, err
+		}
 	}
 	o.Progress("volumes", "create and attach")
 	err := attachVolumes(ctx, p, m, &c)
@@ -125,7 +132,7 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 	c.DataDirectory = c.Path(data.Path)
 	plan := postgres.Plan{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Places: m.Topology.Places,
 		Map:     func(original string) (string, bool) { return inCopy(*c, m.Topology, original) },
-		Bracket: m.Bracket, Segment: o.Segment, Archive: o.Archive != nil || o.NewTimeline}
+		Bracket: m.Bracket, Segment: o.Segment, Archive: o.Archive != nil || o.NewTimeline, Standby: o.Standby.ServerOf(*c)}
 	if err := postgres.Prepare(ctx, plan); err != nil {
 		return nil, blame(ctx, c.DataDirectory, err)
 	}
@@ -143,6 +150,9 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 // start starts the server and serves it WAL until it is out of recovery. An
 // archive that failed is not the image's fault.
 func start(ctx context.Context, o Options, c *backup.Copy) (*postgres.Instance, error) {
+	if o.Standby != nil {
+		return Follow(ctx, o, *c)
+	}
 	copied := postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: o.Manifest.Server, Installation: o.Installation}
 	if o.Archive == nil {
 		copied.Settings = with(recovery(o.Manifest, o.NewTimeline), o.Settings)
@@ -152,7 +162,7 @@ func start(ctx context.Context, o Options, c *backup.Copy) (*postgres.Instance, 
 		}
 		return instance, nil
 	}
-	socket := filepath.Join(c.Root, postgres.Private, "wal")
+	socket := walSocket(c.Root)
 	copied.Settings = with(o.Archive.Settings, o.Settings)
 	// Nobody asks the copy anything before it is out of recovery. A hot standby
 	// would stop for ever where production raised max_connections or its like

@@ -170,7 +170,7 @@ func (r *Receiver) history(ctx context.Context, t wal.Timeline) (wal.History, []
 func (r *Receiver) holdSlot(ctx context.Context, sql *pgx.Conn) error {
 	kind := "PHYSICAL RESERVE_WAL"
 	if r.slot == "" {
-		r.slot, kind = "cleancut_"+strings.ToLower(rand.Text()), "TEMPORARY "+kind
+		r.slot, kind = temporarySlot(), "TEMPORARY "+kind
 	}
 	for range 2 {
 		var physical, active bool
@@ -202,6 +202,8 @@ func (r *Receiver) holdSlot(ctx context.Context, sql *pgx.Conn) error {
 	}
 	return fmt.Errorf("replication slot %s is gone as soon as it was made: %w", r.slot, backup.ErrNotFound)
 }
+
+func temporarySlot() string { return "cleancut_" + strings.ToLower(rand.Text()) }
 
 // DropSlot drops a slot that nobody uses; it is not there: nil.
 func DropSlot(ctx context.Context, t postgres.Target, name string) error {
