@@ -282,6 +282,9 @@ func (f *Flow) sweepOne(ctx context.Context, a Action) error {
 	case EndIntent:
 		return f.Catalog.EndIntent(ctx, a.Intent.ID)
 	case RemoveCopy:
+		if err := f.notInService(a.Copy.ID); err != nil {
+			return err
+		}
 		if err := restore.Undo(ctx, f.Provider, a.Copy); err != nil {
 			return err
 		}
