@@ -475,7 +475,8 @@ func TestProductionStoppedAnywhereIsNothingOrInService(t *testing.T) {
 			prepare(t)
 			got := x.runWith(t, []string{"CLEANCUT_FAULT=" + fault}, args...)
 			c := x.standing(t)
-			if either := action == "cancel" && n == service; !either && (c != nil) != (n > service) {
+			// A signal may reach the program one step late.
+			if either := action == "cancel" && (n == service || n == service-1); !either && (c != nil) != (n > service) {
 				t.Errorf("in service: %v, stopped at %d, service at %d", c != nil, n, service)
 			}
 			if action == "kill" && got.code != -1 || action == "error" && got.code != 1 && !(got.code == 4 && strings.HasPrefix(o.points[n-1], "postgres.stop")) { // the clean stop is a check

@@ -141,7 +141,10 @@ func (f *Flow) undoCopy(ctx context.Context, c backup.Copy) error {
 	ctx, cancel := undoing(ctx)
 	defer cancel()
 	f.tell("undo", "removing copy "+string(c.ID))
-	if c.Ready && !c.InService() { // from here on it is not meant to stay: sweep ends what we do not
+	if err := f.notInService(c.ID); err != nil {
+		return err
+	}
+	if c.Ready { // from here on it is not meant to stay: sweep ends what we do not
 		c.Ready = false
 		if err := f.State.PutCopy(c); err != nil {
 			return fmt.Errorf("copy %s: %w: %w", c.ID, backup.ErrLeft, err)

@@ -543,3 +543,17 @@ func sameCatalog(a, b string) bool {
 	}
 	return real(a) == real(b)
 }
+
+// notInService reads the ledger of a copy anew, under its lock: since it was
+// read before, the copy may have become production.
+func (f *Flow) notInService(id backup.ID) error {
+	copies, err := f.State.Copies()
+	i := slices.IndexFunc(copies, func(c backup.Copy) bool { return c.ID == id })
+	switch {
+	case i >= 0:
+		return restore.NotInService(copies[i])
+	case err != nil: // perhaps it is the ledger that cannot be read
+		return err
+	}
+	return nil // volumes without one
+}

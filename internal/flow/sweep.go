@@ -285,6 +285,9 @@ func (f *Flow) sweepOne(ctx context.Context, a Action) error {
 	case EndIntent:
 		return f.Catalog.EndIntent(ctx, a.Intent.ID)
 	case RemoveCopy:
+		if err := f.notInService(a.Copy.ID); err != nil {
+			return err
+		}
 		return f.takeDown(ctx, a.Copy)
 	}
 	return fmt.Errorf("unknown action %q", a.Kind)

@@ -19,9 +19,8 @@ import (
 // remove is in the error, which then wraps backup.ErrLeft.
 // What has become production is never undone: ErrInUse.
 func Undo(ctx context.Context, p Provider, c backup.Copy) error {
-	if c.InService() {
-		return backup.Hint(fmt.Errorf("%s of cluster %s is production since it was put into service: %w", c.DataDirectory, c.Cluster, backup.ErrInUse),
-			"nothing removes it but `cleancut storage destroy`, with its server stopped: see docs/runbook.md")
+	if err := NotInService(c); err != nil {
+		return err
 	}
 	var err error
 	for range 3 { // udev may bring an array or a group up once more before its volumes are detached
@@ -97,4 +96,13 @@ func removeFolders(c backup.Copy) error {
 		}
 	}
 	return nil
+}
+
+// NotInService refuses what has become production: ErrInUse.
+func NotInService(c backup.Copy) error {
+	if !c.InService() {
+		return nil
+	}
+	return backup.Hint(fmt.Errorf("%s of cluster %s is production since it was put into service: %w", c.DataDirectory, c.Cluster, backup.ErrInUse),
+		"nothing removes it but `cleancut storage destroy`, with its server stopped: see docs/runbook.md")
 }
