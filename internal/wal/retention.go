@@ -249,13 +249,15 @@ func (p *planner) live(t Timeline, from uint64) string {
 // lives returns the live timelines that have WAL, and the anchor of the window
 // on each; the zero Backup where no WAL leads from a sound one to it.
 func (p *planner) lives() map[Timeline]Backup {
-	out := map[Timeline]Backup{}
+	out, has := map[Timeline]Backup{}, map[Timeline]bool{}
 	for _, s := range p.Files {
-		t := s.File.Timeline
-		if _, seen := out[t]; seen || s.File.Kind == Journal {
+		has[s.File.Timeline] = has[s.File.Timeline] || s.File.Kind != Journal
+	}
+	for _, h := range p.lines {
+		t := h.Timeline
+		if !has[t] {
 			continue
 		}
-		h := p.line(t)
 		b, ok := p.along(h)
 		if ok && !p.set[h.Path(p.first(b), p.size)] { // no WAL leads on from it
 			b, _ = p.behind(h, b)
