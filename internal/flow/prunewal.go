@@ -77,13 +77,14 @@ type PrunedWAL struct {
 	Error   string `json:"error,omitempty"`
 }
 
-// pageOfWAL is how many files are deleted by one plan.
+// pageOfWAL is how many files are deleted before it is looked again which
+// backups are in use.
 const pageOfWAL = 256
 
 // PruneWAL plans again by the backups that are there now and deletes the WAL
-// that none of them needs, the oldest first; nil: the catalog has no WAL. After
-// each page of files it plans again, and what is needed by then stays: a
-// restore that has begun, say. It may be stopped at any point, run again, and
+// that none of them needs, the oldest first; nil: the catalog has no WAL. What a
+// restore that begins meanwhile needs stays: after each page of files it looks
+// for one, and then plans again. It may be stopped at any point, run again, and
 // run twice at the same time: what is left is unbroken. The first error ends it.
 func (f *Flow) PruneWAL(ctx context.Context, window backup.Span) (*PrunedWAL, error) {
 	facts, any, err := f.walFacts(ctx, window)
@@ -91,7 +92,7 @@ func (f *Flow) PruneWAL(ctx context.Context, window backup.Span) (*PrunedWAL, er
 		return nil, err
 	}
 	out := &PrunedWAL{Plan: wal.PlanRetention(facts, time.Now())}
-	err = f.deleteWAL(ctx, out)
+	err = f.deleteWAL(ctx, out, facts.Backups)
 	if out.Done = err == nil; err != nil {
 		err = fmt.Errorf("prune WAL: %w", err)
 		out.Error = err.Error()
@@ -99,20 +100,39 @@ func (f *Flow) PruneWAL(ctx context.Context, window backup.Span) (*PrunedWAL, er
 	return out, err
 }
 
-func (f *Flow) deleteWAL(ctx context.Context, out *PrunedWAL) error {
+func (f *Flow) deleteWAL(ctx context.Context, out *PrunedWAL, planned []wal.Backup) error {
+	used := map[backup.ID]bool{}
+	for _, b := range planned {
+		used[b.ID] = b.InUse != ""
+	}
 	files := out.Removed()
+	stays := map[wal.File]bool{} // since it was planned
 	for page := range slices.Chunk(files, pageOfWAL) {
-		if out.Deleted > 0 {
+		now, err := f.inUse(ctx)
+		if err != nil {
+			return err
+		}
+		for id := range now {
+			if used[id] {
+				continue
+			}
 			facts, _, err := f.walFacts(ctx, out.Window)
 			if err != nil {
 				return err
 			}
+			for _, b := range facts.Backups {
+				used[b.ID] = used[b.ID] || b.InUse != ""
+			}
+			used[id] = true // also one of which the catalog has nothing
 			still := map[wal.File]bool{}
 			for _, s := range wal.PlanRetention(facts, time.Now()).Removed() {
 				still[s.File] = true
 			}
-			page = slices.DeleteFunc(slices.Clone(page), func(s wal.Stored) bool { return !still[s.File] })
+			for _, s := range files {
+				stays[s.File] = stays[s.File] || !still[s.File]
+			}
 		}
+		page = slices.DeleteFunc(slices.Clone(page), func(s wal.Stored) bool { return stays[s.File] })
 		for _, s := range page {
 			if err := ctx.Err(); err != nil {
 				return err
