@@ -76,7 +76,7 @@ func later(a, b time.Time) time.Time {
 // one protected cut may be damaged.
 func outcomes(s Summary, trials []Trial) *report.Drill {
 	d := &report.Drill{Word: "Measured", Text: "No protected cut was judged: nothing is claimed.",
-		Explained: "A trial: a PostgreSQL under load is cut, the image is restored and checked. In mode freeze all filesystems are held frozen while their volumes are snapshotted; in mode none the volumes are snapshotted one after the other and nothing is held, as a careless script does; in mode bracketed each filesystem is cut at an instant of its own, in backup mode. \"1s apart\" is the time between one volume, or filesystem, and the next. After crash recovery the server had the image alone, after archive recovery the WAL kept with a bracketed cut, or shipped until after any other."}
+		Explained: "A trial: a PostgreSQL under load is cut, the image is restored and checked. In mode freeze all filesystems are held frozen while their volumes are snapshotted; in mode none the volumes are snapshotted one after the other and nothing is held, as a careless script does; in mode bracketed each filesystem is cut at an instant of its own, in backup mode. \"1s apart\" is the time between one volume, or filesystem, and the next. After crash recovery the server had the image alone, after archive recovery also WAL: what was kept with a bracketed cut, or what production shipped until shortly after any other."}
 	for _, c := range Classes() {
 		d.Classes = append(d.Classes, report.Class{Key: string(c), Words: c.Words()})
 	}
@@ -163,7 +163,7 @@ func cutBars(trials []Trial) (which string, bars []report.Bar) {
 	for _, m := range t.Members {
 		snapshots = append(snapshots, report.Snapshot{Name: fmt.Sprintf("volume %d", m.Member), Requested: m.Requested, Responded: m.Responded})
 	}
-	return fmt.Sprintf("One cut, of %s: %s.", t.At.UTC().Format("2006-01-02 15:04 UTC"), t.Conditions()), report.CutBars(t.Cut, snapshots)
+	return fmt.Sprintf("One cut, of %s: %s.", t.At.UTC().Format("2006-01-02 15:04 UTC"), t.cut().Conditions()), report.CutBars(t.Cut, snapshots)
 }
 
 func machineFacts(r ProductionRun, trials []Trial) []report.Fact {

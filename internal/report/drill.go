@@ -31,7 +31,7 @@ type Cell struct {
 	Ground string
 	Name   string
 	Cut    string // what Stalls are of; "": Name
-	Counts []int // by class
+	Counts []int  // by class
 	Said   string
 	Stalls []time.Duration
 }
