@@ -76,22 +76,24 @@ func later(a, b time.Time) time.Time {
 // one protected cut may be damaged.
 func outcomes(s Summary, trials []Trial) *report.Drill {
 	d := &report.Drill{Word: "Measured", Text: "No protected cut was judged: nothing is claimed.",
-		Explained: "A trial: a PostgreSQL under load is cut, the image alone is restored and checked. In mode freeze all filesystems are held frozen while their volumes are snapshotted; in mode none the volumes are snapshotted one after the other and nothing is held, as a careless script does; in mode bracketed each filesystem is cut at an instant of its own, in backup mode. \"1s apart\" is the time between one volume, or filesystem, and the next. After crash recovery the server had the image alone, after archive recovery the WAL kept with a bracketed cut, or shipped until after any other."}
+		Explained: "A trial: a PostgreSQL under load is cut, the image is restored and checked. In mode freeze all filesystems are held frozen while their volumes are snapshotted; in mode none the volumes are snapshotted one after the other and nothing is held, as a careless script does; in mode bracketed each filesystem is cut at an instant of its own, in backup mode. \"1s apart\" is the time between one volume, or filesystem, and the next. After crash recovery the server had the image alone, after archive recovery also WAL: what was kept with a bracketed cut, or what production shipped until shortly after any other."}
 	for _, c := range Classes() {
 		d.Classes = append(d.Classes, report.Class{Key: string(c), Words: c.Words()})
 	}
 	protected, damaged, torn, tornDamaged := 0, 0, 0, 0
+	cuts := map[Cell]bool{} // whose stalls are there
 	for _, c := range s.Cells {
 		ground := c.Ground()
-		cell := report.Cell{Ground: ground, Name: strings.TrimSuffix(c.Conditions(), ", "+ground), Said: strings.Replace(c.Said, " under these conditions ("+ground+")", "", 1)}
+		cell := report.Cell{Ground: ground, Name: strings.TrimSuffix(c.Conditions(), ", "+ground), Cut: strings.TrimSuffix(c.cut().Conditions(), ", "+ground), Said: strings.Replace(c.Said, " under these conditions ("+ground+")", "", 1)}
 		for _, class := range Classes() {
 			cell.Counts = append(cell.Counts, c.Count(class))
 		}
 		for _, t := range trials {
-			if t.Cell == c.Cell && t.Class != "" {
+			if t.Cell == c.Cell && t.Class != "" && !cuts[c.cut()] {
 				cell.Stalls = append(cell.Stalls, time.Duration(t.StallMS*float64(time.Millisecond)))
 			}
 		}
+		cuts[c.cut()] = cuts[c.cut()] || len(cell.Stalls) > 0
 		d.Cells = append(d.Cells, cell)
 		if c.Protected() {
 			protected, damaged = protected+c.Trials, damaged+c.Damaged
@@ -161,7 +163,7 @@ func cutBars(trials []Trial) (which string, bars []report.Bar) {
 	for _, m := range t.Members {
 		snapshots = append(snapshots, report.Snapshot{Name: fmt.Sprintf("volume %d", m.Member), Requested: m.Requested, Responded: m.Responded})
 	}
-	return fmt.Sprintf("One cut, of %s: %s.", t.At.UTC().Format("2006-01-02 15:04 UTC"), t.Conditions()), report.CutBars(t.Cut, snapshots)
+	return fmt.Sprintf("One cut, of %s: %s.", t.At.UTC().Format("2006-01-02 15:04 UTC"), t.cut().Conditions()), report.CutBars(t.Cut, snapshots)
 }
 
 func machineFacts(r ProductionRun, trials []Trial) []report.Fact {

@@ -25,12 +25,13 @@ type Class struct {
 }
 
 // Cell is one combination of conditions: how many trials had which outcome, and
-// how long commits stood still in each. Cells of one Ground stand under its name
-// and should follow each other.
+// how long commits stood still in each cut. Cells of one Ground stand under its name
+// and should follow each other; of those with the same cuts one has the Stalls.
 type Cell struct {
 	Ground string
 	Name   string
-	Counts []int // by class
+	Cut    string // what Stalls are of; "": Name
+	Counts []int  // by class
 	Said   string
 	Stalls []time.Duration
 }

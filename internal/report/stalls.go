@@ -1,6 +1,7 @@
 package report
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"slices"
@@ -32,7 +33,9 @@ func (p Page) stalls() *stallsView {
 		in = nil
 		v.Said = "The longest time without a commit, from a second before each cut to a second after it. A dot is a trial."
 		for _, c := range p.Drill.Cells {
-			in = append(in, Stalls{c.Ground, c.Name, c.Stalls})
+			if len(c.Stalls) > 0 {
+				in = append(in, Stalls{c.Ground, cmp.Or(c.Cut, c.Name), c.Stalls})
+			}
 		}
 	}
 	var all []time.Duration
