@@ -51,12 +51,13 @@ type branch struct {
 	timeline uint32
 	rows     rows
 	ends     []ending
+	begun    map[uint32]bool         // transactions of ours
 	gids     map[uint32]string       // of all that were ever prepared
 	prepared map[string]*transaction // those in doubt
 }
 
 func (b branch) clone() branch {
-	b.rows, b.ends, b.gids, b.prepared = maps.Clone(b.rows), slices.Clone(b.ends), maps.Clone(b.gids), maps.Clone(b.prepared)
+	b.rows, b.ends, b.begun, b.gids, b.prepared = maps.Clone(b.rows), slices.Clone(b.ends), maps.Clone(b.begun), maps.Clone(b.gids), maps.Clone(b.prepared)
 	return b
 }
 
@@ -64,7 +65,6 @@ func (b branch) clone() branch {
 type taken struct {
 	backup.Manifest
 	timeline uint32
-	begun    rows       // what was acknowledged before it was asked for
 	behind   backup.LSN // insert position after it
 }
 
@@ -91,7 +91,7 @@ type history struct {
 func newHistory(t *testing.T, p *production, r *rand.Rand) *history {
 	t.Helper()
 	h := &history{t: t, p: p, r: r, lines: map[uint32]line{}, markDir: filepath.Join(p.server.Dir, "mark"),
-		now: branch{timeline: 1, rows: rows{"a": "", "b": ""}, gids: map[uint32]string{}, prepared: map[string]*transaction{}}}
+		now: branch{timeline: 1, rows: rows{"a": "", "b": ""}, begun: map[uint32]bool{}, gids: map[uint32]string{}, prepared: map[string]*transaction{}}}
 	p.server.Exec(t, "CREATE EXTENSION pg_walinspect", "CREATE TABLE a (id int PRIMARY KEY, v text, pad text)", "CREATE TABLE b (LIKE a INCLUDING ALL)")
 	h.conn = h.connect()
 	h.base = h.lsn()
@@ -211,6 +211,7 @@ func (h *history) transaction() {
 	}
 	h.exec(tx.conn, "BEGIN")
 	h.ask(tx.conn, "SELECT pg_current_xact_id()::text::bigint", &tx.xid)
+	h.now.begun[tx.xid] = true
 	h.note("BEGIN %d, to %s", tx.xid, fate)
 	for range 1 + h.r.IntN(4) {
 		if h.r.IntN(4) > 0 {
@@ -338,7 +339,7 @@ func (h *history) effect(tx *transaction, sql, key string, do func(rows)) {
 func (h *history) backup(mode backup.Mode) {
 	h.t.Helper()
 	h.note("backup %s begins", mode)
-	b := taken{timeline: h.now.timeline, begun: maps.Clone(h.now.rows)}
+	b := taken{timeline: h.now.timeline}
 	failed, reached, goOn := make(chan error, 1), make(chan struct{}), make(chan struct{})
 	go func() {
 		var err error

@@ -107,8 +107,8 @@ func (h *history) acknowledged(ends []ending, r record) []ending {
 	commit := strings.HasPrefix(r.kind, "COMMIT")
 	switch {
 	case len(ends) == 0 || ends[0].xid != r.xid:
-		if commit {
-			h.t.Errorf("%s at %s of %d: nobody made it", r.kind, r.start, r.xid)
+		if commit && h.now.begun[r.xid] { // else a backup made it, to have its WAL flushed (FlushedRecordEnd)
+			h.t.Errorf("%s at %s of %d: it was not acknowledged", r.kind, r.start, r.xid)
 		}
 	case ends[0].commit != commit || r.start < ends[0].low || r.end > ends[0].high || commit && !r.time.Equal(ends[0].when):
 		h.t.Errorf("%s at %s of %d at %s: acknowledged as %+v", r.kind, r.start, r.xid, r.time, ends[0])
@@ -124,22 +124,23 @@ type promise struct {
 	from    int      // the target lies behind so many records of the line,
 	to      int      // or up to so many: of what a frozen image ends with
 	line    []record // by which
-	cannot  bool     // PostgreSQL may not be able to, see inDoubtAtAFork
+	also    []int    // or behind so many: a name that was given again, if the first lies inside a frozen image
+	instead uint32   // the timeline to take where PostgreSQL cannot, see inDoubtAtAFork
 }
 
-// inDoubtAtAFork reports whether a transaction is in doubt at the stop that was
-// prepared in the segment of a fork, and the stop lies before that fork:
+// inDoubtAtAFork looks for a transaction that is in doubt at the stop and was
+// prepared in the segment of a fork, where the stop lies before that fork:
 // PostgreSQL 15 has this segment under the new timeline's name then, and looks
-// for the transaction under that of the old one.
-func (h *history) inDoubtAtAFork(p promise, along uint32, stop int) bool {
+// for the transaction under that of the old one, which is returned.
+func (h *history) inDoubtAtAFork(p promise, along uint32, stop int) uint32 {
 	for l := h.lines[along]; l.parent != 0; l = h.lines[l.parent] {
 		for _, r := range p.line[:stop+1] {
 			if r.kind == "PREPARE" && r.start/segment == l.fork/segment && p.line[stop].end <= l.fork && slices.Contains(p.line[stop].doubt, r.name) {
-				return true
+				return l.parent
 			}
 		}
 	}
-	return false
+	return 0
 }
 
 // text is what a copy shows behind the n-th record.
@@ -242,7 +243,12 @@ func (h *history) promised(b taken, target backup.Target, along uint32) promise 
 	// A frozen image may hold more than was known to be flushed, and nothing
 	// stops inside it.
 	p.perhaps = p.perhaps || b.Bracket == nil && p.line[stop].start < b.behind && target.Kind != backup.TargetTime
-	p.from, p.to, p.cannot = stop+1, stop+1, h.inDoubtAtAFork(p, along, stop)
+	for n := stop + 1; target.Kind == backup.TargetName && p.perhaps && b.Bracket == nil && n < len(p.line); n++ {
+		if r := p.line[n]; r.kind == "RESTORE_POINT" && r.name == target.Name && p.line[stop].start < b.behind {
+			p.also = append(p.also, n+1)
+		}
+	}
+	p.from, p.to, p.instead = stop+1, stop+1, h.inDoubtAtAFork(p, along, stop)
 	return p
 }
 

@@ -84,10 +84,9 @@ func TestATargetFindsExactlyTheRowsItPromises(t *testing.T) {
 
 // question is a target to recover a backup to.
 type question struct {
-	b       taken
-	target  backup.Target
-	along   uint32
-	nearest bool
+	b      taken
+	target backup.Target
+	along  uint32
 	promise
 }
 
@@ -247,8 +246,13 @@ func (h *history) isFound(q question) {
 	if q.perhaps && errors.Is(err, backup.ErrNotFound) && !errors.Is(err, backup.ErrLeft) {
 		return
 	}
-	if q.cannot && errors.Is(err, backup.ErrUnsupported) && !errors.Is(err, backup.ErrLeft) {
-		h.t.Logf("NOTE %s: %s", q, backup.HintOf(err))
+	if q.instead != 0 && errors.Is(err, backup.ErrUnsupported) && strings.Contains(backup.HintOf(err), "--timeline") && !errors.Is(err, backup.ErrLeft) {
+		q.along = q.instead // as the hint says
+		q.promise = h.promised(q.b, q.target, q.along)
+		h.t.Logf("NOTE PostgreSQL cannot; %s: refused as %q", q, q.refused)
+		if q.refused == "" {
+			h.isFound(q)
+		}
 		return
 	}
 	if err != nil {
@@ -265,6 +269,9 @@ func (h *history) isFound(q question) {
 		if slices.Equal(got, q.text(n)) {
 			return
 		}
+	}
+	if slices.ContainsFunc(q.also, func(n int) bool { return slices.Equal(got, q.text(n)) }) {
+		return
 	}
 	lack, more := difference(q.text(q.from), got)
 	h.t.Errorf("%s, recovered to %s: lacks %q, has %q that is not promised (behind record %d to %d)", q, r.Copy.EndOfRecovery, lack, more, q.from, q.to)

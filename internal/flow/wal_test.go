@@ -13,8 +13,8 @@ import (
 	"cleancut/internal/wal"
 )
 
-// segmentOf is the content of a segment in which nothing was written.
-func segmentOf(g wal.Segment, system wal.System, size wal.Size) []byte {
+// emptySegment is the content of a segment in which nothing was written.
+func emptySegment(g wal.Segment, system wal.System, size wal.Size) []byte {
 	b := make([]byte, size)
 	le := binary.LittleEndian
 	le.PutUint16(b, 0xD110)
@@ -46,7 +46,7 @@ func TestTheListSaysHowFarEachBackupRecovers(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, g := range []wal.Segment{{Timeline: 1, Number: 3}, {Timeline: 1, Number: 4}, {Timeline: 1, Number: 5}, {Timeline: 1, Number: 8}, {Timeline: 1, Number: 9}, {Timeline: 2, Number: 5}, {Timeline: 2, Number: 6}} {
-		b := segmentOf(g, system, size)
+		b := emptySegment(g, system, size)
 		if err := c.WAL().Put(ctx, g.File(size), bytes.NewReader(b), size); err != nil {
 			t.Fatal(err)
 		}

@@ -205,11 +205,11 @@ var unreached = regexp.MustCompile(`recovery ended before configured recovery ta
 // WAL that the image needs to become consistent.
 var tooEarly = regexp.MustCompile(`requested recovery stop point is before consistent recovery point`)
 
-// otherName is the FATAL of read_local_xlog_page where a transaction was
+// otherName are the FATALs of read_local_xlog_page and XlogReadTwoPhaseData where a transaction was
 // prepared in the segment that a timeline begins in, and recovery ends in it
 // before that: it has the segment under the new timeline's name and looks for
-// it under that of the old one (XlogReadTwoPhaseData).
-var otherName = regexp.MustCompile(`requested WAL segment \S+ has already been removed`)
+// it under that of the old one, which is not there or an old file.
+var otherName = regexp.MustCompile(`requested WAL segment \S+ has already been removed|could not read two-phase state from WAL`)
 
 // notFetched is the FATAL of RestoreArchivedFile (xlogarchive.c) where
 // restore_command was ended by a signal or could not be run. The archive need
