@@ -620,8 +620,18 @@ func TestAPasswordIsShownToThePrimaryOnly(t *testing.T) {
 	if _, err := pgx.Connect(t.Context(), fmt.Sprintf("host=%s port=5433 user=rep dbname=postgres sslmode=disable password=wrong", address)); err == nil {
 		t.Error("let in with a wrong password")
 	}
+	// A tablespace that is made now lies in production's folder, which the
+	// standby must not touch.
+	space := pgtest.Mkdir(t, filepath.Join(pgtest.Folder(t), "space"))
+	p.server.Exec(t, "CREATE TABLESPACE late LOCATION '"+space+"'", "CREATE TABLE there TABLESPACE late AS SELECT 1 AS n")
+	p.soon("the standby stops", func() bool { return p.status(s.Root).State == flow.Broken })
+	if now := p.status(s.Root); !strings.Contains(now.Why, space) {
+		t.Errorf("got %+v", now)
+	}
+	p.server.Exec(t, "CHECKPOINT", "SELECT n FROM there")
 	if _, err := p.flow.RemoveStandby(t.Context(), s.Root, false); err != nil {
 		t.Error(err)
 	}
 	p.nothingLeft()
+	p.server.Exec(t, "DROP TABLE there", "DROP TABLESPACE late")
 }
