@@ -401,6 +401,7 @@ func (p *production) oldWay(dir string, promoted *pgx.Conn) {
 	if _, err := promoted.Exec(p.t.Context(), "SELECT pg_switch_wal()"); err != nil {
 		p.t.Error(err)
 	}
+	p.server.Exec(p.t, "SELECT pg_logical_emit_message(true, 'x', 'a segment with nothing in it is not switched')")
 	last := p.value("SELECT pg_walfile_name(pg_switch_wal())")
 	p.soon("the last segment is archived", func() bool { return p.value("SELECT last_archived_wal >= '"+last+"' FROM pg_stat_archiver") == "true" })
 	if failed := p.value("SELECT failed_count FROM pg_stat_archiver"); failed != "0" {
