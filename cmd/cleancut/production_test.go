@@ -50,6 +50,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
+	_ = os.Chmod(dir, 0o755) // a copy's server runs it; where it cannot, that test says so
 	program.path = filepath.Join(dir, "cleancut")
 	code := m.Run()
 	_ = os.RemoveAll(dir)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -87,17 +88,34 @@ func TestStandbyFromItsSeedToItsRemoval(t *testing.T) {
 	p.run(t, "standby", "status", root).refused(t, 1, "no standby at", "standby list")
 }
 
+// pushed pushes what production's pg_wal has of whole segments.
+func (p *production) pushed(t *testing.T) {
+	t.Helper()
+	conn := p.server.Connect(t, "postgres")
+	defer func() { _ = conn.Close(t.Context()) }()
+	var names []string
+	if err := conn.QueryRow(t.Context(), "SELECT array_agg(name ORDER BY name) FROM pg_ls_waldir() WHERE name ~ '^[0-9A-F]{24}$' AND name < pg_walfile_name(pg_current_wal_lsn())").Scan(&names); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		p.must(t, "wal", "push", filepath.Join(p.server.DataDirectory, "pg_wal", name))
+	}
+}
+
 func TestAStandbyStoppedAnywhereLeavesNothing(t *testing.T) {
 	if !labtest.Here(t, labtest.Root) {
 		return
 	}
-	p := newLab(t, "xfs", 8<<30).cluster(t, pgtest.Options{Settings: map[string]string{"wal_keep_size": "200MB"}})
+	p := newLab(t, "xfs", 8<<30).cluster(t, pgtest.Options{Small: true, Settings: map[string]string{"wal_keep_size": "200MB", "max_wal_size": "4MB", "min_wal_size": "2MB"}})
 	id := p.backup(t)
 	root := filepath.Join(p.dir, "copy", "s")
 	none := func(t *testing.T, _ outcome) {
 		t.Helper()
 		if s := p.slots(t); s != "" {
 			t.Errorf("left: slots %s", s)
+		}
+		if left, err := filepath.Glob(filepath.Join(p.state, "wal-for-*")); err != nil || len(left) > 0 {
+			t.Errorf("left: %v, %v", left, err)
 		}
 	}
 	undo := func(t *testing.T, o outcome) {
@@ -121,6 +139,25 @@ func TestAStandbyStoppedAnywhereLeavesNothing(t *testing.T) {
 		p.underFaults(t, flowUnderFault{killsOnce: true, removes: none, always: true, args: func(t *testing.T) []string {
 			p.must(t, made(t)...)
 			return []string{"standby", "remove", root}
+		}})
+	})
+	p.server.Exec(t, "SELECT pg_logical_emit_message(false, 'x', repeat('x', 4000000))", "SELECT pg_switch_wal()", "SELECT pg_logical_emit_message(true, 'x', 'x')")
+	p.server.Exec(t, "ALTER SYSTEM SET wal_keep_size = 0", "SELECT pg_reload_conf()")
+	for range 2 {
+		p.pushed(t)
+		p.server.Exec(t, "CHECKPOINT", "SELECT pg_switch_wal()", "SELECT pg_logical_emit_message(true, 'x', 'x')")
+	}
+	t.Run("served by the catalog", func(t *testing.T) {
+		served := func(t *testing.T, o outcome) {
+			t.Helper()
+			if o.code == 0 && !slices.Contains(o.points, "archive.rename") {
+				t.Errorf("the catalog served nothing: %q", o.points)
+			}
+			undo(t, o)
+		}
+		p.underFaults(t, flowUnderFault{within: "archive.", killsOnce: true, removes: served, always: true, args: func(t *testing.T) []string {
+			p.pushed(t)
+			return made(t)
 		}})
 	})
 	p.clean(t)

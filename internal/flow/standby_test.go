@@ -401,6 +401,7 @@ func (p *production) oldWay(dir string, promoted *pgx.Conn) {
 	if _, err := promoted.Exec(p.t.Context(), "SELECT pg_switch_wal()"); err != nil {
 		p.t.Error(err)
 	}
+	p.server.Exec(p.t, "SELECT pg_logical_emit_message(true, 'x', 'a segment with nothing in it is not switched')")
 	last := p.value("SELECT pg_walfile_name(pg_switch_wal())")
 	p.soon("the last segment is archived", func() bool { return p.value("SELECT last_archived_wal >= '"+last+"' FROM pg_stat_archiver") == "true" })
 	if failed := p.value("SELECT failed_count FROM pg_stat_archiver"); failed != "0" {
@@ -620,8 +621,18 @@ func TestAPasswordIsShownToThePrimaryOnly(t *testing.T) {
 	if _, err := pgx.Connect(t.Context(), fmt.Sprintf("host=%s port=5433 user=rep dbname=postgres sslmode=disable password=wrong", address)); err == nil {
 		t.Error("let in with a wrong password")
 	}
+	// A tablespace that is made now lies in production's folder, which the
+	// standby must not touch.
+	space := pgtest.Mkdir(t, filepath.Join(pgtest.Folder(t), "space"))
+	p.server.Exec(t, "CREATE TABLESPACE late LOCATION '"+space+"'", "CREATE TABLE there TABLESPACE late AS SELECT 1 AS n")
+	p.soon("the standby stops", func() bool { return p.status(s.Root).State == flow.Broken })
+	if now := p.status(s.Root); !strings.Contains(now.Why, space) {
+		t.Errorf("got %+v", now)
+	}
+	p.server.Exec(t, "CHECKPOINT", "SELECT n FROM there")
 	if _, err := p.flow.RemoveStandby(t.Context(), s.Root, false); err != nil {
 		t.Error(err)
 	}
 	p.nothingLeft()
+	p.server.Exec(t, "DROP TABLE there", "DROP TABLESPACE late")
 }

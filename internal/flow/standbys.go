@@ -125,6 +125,9 @@ func (f *Flow) status(ctx context.Context, c backup.Copy) StandbyStatus {
 		s.LagBytes, s.LagSeconds = &lag, &seconds
 	}
 	s.State, s.Why = judge(s, standby, err, asked)
+	if tail := postgres.LogTail(c.Root); s.State == Broken && !s.Streaming && tail != "" {
+		s.Why += "; its log says: " + tail
+	}
 	return s
 }
 
@@ -169,13 +172,7 @@ func (f *Flow) askStandby(ctx context.Context, c backup.Copy) (postgres.Followin
 	if err != nil {
 		return postgres.Following{}, err
 	}
-	x, err := i.Following(ctx)
-	if err == nil && x.InRecovery && !x.Streaming {
-		if tail := i.LogTail(); tail != "" {
-			f.Log.Debug("standby", "log", tail)
-		}
-	}
-	return x, err
+	return i.Following(ctx)
 }
 
 // Promotion is a standby that has become a primary of its own.

@@ -90,6 +90,8 @@ func TestPlanSweep(t *testing.T) {
 		{"a deletion while a backup runs", flow.Facts{Intents: []backup.Intent{deletion(first)}, Busy: map[string]bool{"backup-main": true}}, "leave backup " + string(first), "is running"},
 		{"an intent while a backup of another cluster runs", flow.Facts{Intents: []backup.Intent{intent(first, "prod")}, Busy: map[string]bool{"backup-else": true}}, "remove backup backup " + string(first), "interrupted"},
 		{"a restored copy that stands", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForRestore, true)}}, "leave copy " + string(second), "restore --undo /srv/" + string(second)},
+		{"a standby that stands", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForStandby, true)}}, "leave copy " + string(second), "a standby at /srv/" + string(second)},
+		{"a standby that was interrupted", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForStandby, false)}}, "remove copy copy " + string(second), "its standby or its removal was interrupted"},
 		{"a restore that was interrupted", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForRestore, false)}}, "remove copy copy " + string(second), "its restore or its removal was interrupted"},
 		{"production in service", flow.Facts{Copies: []backup.Copy{inService(second)}, Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "main", "/dev/loop7")}}}, "leave copy " + string(second), "never removed"},
 		{"production whose storage was destroyed", flow.Facts{Copies: []backup.Copy{inService(second)}}, "leave copy " + string(second), "its volumes are gone"},
@@ -143,7 +145,7 @@ func anything(r *rand.Rand) flow.Facts {
 		x.Backups[id()] = flow.BackupState(name(string(flow.Complete), string(flow.Taken), string(flow.Incomplete), string(flow.Doubtful)))
 	}
 	for range r.IntN(3) {
-		x.Copies = append(x.Copies, standing(id(), backup.Purpose(name("restore", "verify", "dump")), r.IntN(2) == 0))
+		x.Copies = append(x.Copies, standing(id(), backup.Purpose(name("restore", "verify", "dump", "standby")), r.IntN(2) == 0))
 	}
 	for range r.IntN(3) {
 		x.Busy[name("backup-main", "backup-else", "copy-"+string(first), "copy-"+string(second))] = true
@@ -199,7 +201,7 @@ func mayNot(x flow.Facts, a flow.Action) string {
 			return "somebody works on it"
 		case a.Copy.Host != x.Host || a.Copy.Cluster != x.Cluster:
 			return "it is another's"
-		case ledger && a.Copy.Purpose == backup.ForRestore && a.Copy.Ready:
+		case ledger && (a.Copy.Purpose == backup.ForRestore || a.Copy.Purpose == backup.ForStandby) && a.Copy.Ready:
 			return "it is meant to stay"
 		case !ledger && slices.ContainsFunc(x.Inventory.Volumes, func(v provider.Volume) bool {
 			return v.Attached != "" && v.Tags.Match(a.Copy.Tags())

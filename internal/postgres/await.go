@@ -153,6 +153,7 @@ func hints() []struct {
 		{regexp.MustCompile(`recovery aborted because of (insufficient) parameter settings`), `a setting is smaller than production's: see the log lines above it`},
 		{regexp.MustCompile(`could not locate (?:a valid|required) checkpoint record|invalid (?:primary )?checkpoint (?:record|link)`), `the image's pg_wal does not hold the WAL that recovery begins with: the backup is damaged, or pg_wal was not on the volumes`},
 		{regexp.MustCompile(`WAL ends before`), `WAL up to the end of the backup is missing: see that the archive holds it`},
+		{regexp.MustCompile(`could not restore file .*: command not (?:executable|found)`), `the owner of the copy's data must be able to run the program cleancut itself: see its mode and those of the folders above it`},
 		{regexp.MustCompile(`requested timeline`), `the image and the WAL are of different timelines`},
 		{regexp.MustCompile(`directory "([^"]+)" does not exist(?s:.*)Create this directory for the tablespace`), `the cut holds a CREATE TABLESPACE after its last checkpoint, and redo looks for production's folder: create $1, empty, on this host (the copy's own is shown in its place), or take a new backup`},
 		{regexp.MustCompile(`Read-only file system`), `the server tried to write outside of the copy; redo of a CREATE TABLESPACE just before the cut does so: take a new backup`},

@@ -267,10 +267,11 @@ func (i *Instance) Promote(ctx context.Context) error {
 	})
 }
 
-// LogTail returns the last lines of the server's log that tell of an error.
-func (i *Instance) LogTail() string {
+// LogTail returns the last lines of a copy's log that tell of an error, "" if
+// there are none.
+func LogTail(root string) string {
 	var out []string
-	for line := range strings.Lines(i.readLog(0)) {
+	for line := range strings.Lines((&Instance{SocketDir: filepath.Join(root, Private)}).readLog(0)) {
 		if trouble.MatchString(line) {
 			out = append(out, strings.TrimSpace(line))
 		}

@@ -103,9 +103,9 @@ func (s *Standby) await(ctx context.Context, i *postgres.Instance, c backup.Copy
 		f, err := i.Following(ctx)
 		switch {
 		case !i.Alive():
-			return fmt.Errorf("the standby's server ended: %s", i.LogTail())
+			return fmt.Errorf("the standby's server ended: %s", postgres.LogTail(c.Root))
 		case err == nil && !f.InRecovery:
-			return fmt.Errorf("the standby left recovery by itself: %s", i.LogTail())
+			return fmt.Errorf("the standby left recovery by itself: %s", postgres.LogTail(c.Root))
 		case err == nil && !began:
 			first, began = f, true
 		}
@@ -120,7 +120,7 @@ func (s *Standby) await(ctx context.Context, i *postgres.Instance, c backup.Copy
 			last, moved = f, time.Now()
 		}
 		if time.Since(moved) > standstill {
-			return backup.Hint(errors.Join(fmt.Errorf("the standby comes no further than %s and does not stream from its primary: %s", f.Replayed, i.LogTail()), err),
+			return backup.Hint(errors.Join(fmt.Errorf("the standby comes no further than %s and does not stream from its primary: %s", f.Replayed, postgres.LogTail(c.Root)), err),
 				"its server runs as the owner of the data, sees the host's files read-only, and not the filesystems of production: can it reach the primary by that address and log in? Over TCP it can")
 		}
 	}
