@@ -113,14 +113,19 @@ func (s *story) startOtherHost(ctx context.Context) error {
 func (s *story) cleancut(ctx context.Context, v any, args ...string) error {
 	args = append([]string{"--target", strconv.Itoa(s.host.holder.Process.Pid), "--mount", "--uts", "--net", "--ipc", "--", s.Program, "--json",
 		"--cluster", "demo", "--state", s.host.state}, append(s.ground.arguments(), args...)...)
-	cmd := exec.CommandContext(ctx, "nsenter", args...)
+	return s.answer(exec.CommandContext(ctx, "nsenter", args...), "the other host", v)
+}
+
+// answer runs the program on a host and decodes its JSON into v, unless that is
+// nil.
+func (s *story) answer(cmd *exec.Cmd, host string, v any) error {
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.Env = append(s.ground.environment(), "PATH="+os.Getenv("PATH"))
 	cmd.Dir = "/"
 	var out, said bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &said
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("cleancut %s on the other host: %w: %s", args[len(args)-1], err, strings.TrimSpace(said.String()))
+		return fmt.Errorf("cleancut %s on %s: %w: %s", cmd.Args[len(cmd.Args)-1], host, err, strings.TrimSpace(said.String()))
 	}
 	if v == nil {
 		return nil

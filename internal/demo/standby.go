@@ -1,11 +1,8 @@
 package demo
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -35,19 +32,7 @@ type standby struct {
 // server.
 func (s *story) onStandbyHost(ctx context.Context, v any, args ...string) error {
 	args = append(append([]string{"--json", "--cluster", "demo", "--state", filepath.Join(s.work, "c"), "--host-name", "standby-host"}, s.ground.arguments()...), args...)
-	cmd := exec.CommandContext(ctx, s.Program, args...)
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	cmd.Env = append(s.ground.environment(), "PATH="+os.Getenv("PATH"))
-	cmd.Dir = "/"
-	var out, said bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &said
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("cleancut %s on the standby's host: %w: %s", args[len(args)-1], err, strings.TrimSpace(said.String()))
-	}
-	if v == nil {
-		return nil
-	}
-	return json.Unmarshal(out.Bytes(), v)
+	return s.answer(exec.CommandContext(ctx, s.Program, args...), "the standby's host", v)
 }
 
 // seedStandby makes a standby of the backup while production is under load, and
