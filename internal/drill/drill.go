@@ -180,7 +180,7 @@ func (s *site) run(ctx context.Context, b batch) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, p.end(ctx)) }()
+	defer func() { err = errors.Join(err, p.undo.End(ctx)) }()
 	shots, shootErr := p.shoot(ctx)
 	_, loadErr := p.load.Stop()
 	shipErr := p.shipped(ctx)

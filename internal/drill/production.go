@@ -29,7 +29,7 @@ type production struct {
 	mounts []string
 	began  time.Time
 	ship   *shipment // nil: no image needs WAL of production
-	undo   []func(ctx context.Context) error
+	undo   lab.Undo
 }
 
 // shot is a cut that is to be judged.
@@ -47,7 +47,7 @@ func (s *site) produce(ctx context.Context, b batch) (p *production, err error) 
 	p = &production{site: s, batch: b, began: time.Now().UTC()}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, p.end(ctx))
+			err = errors.Join(err, p.undo.End(ctx))
 		}
 	}()
 	if err := p.makeHosts(); err != nil {
@@ -75,29 +75,14 @@ func (s *site) produce(ctx context.Context, b batch) (p *production, err error) 
 	if p.load, err = load.Start(ctx, p.server.Connect, l.which(seed, p.mounts)); err != nil {
 		return p, err
 	}
-	p.later(func(context.Context) error { _, err := p.load.Stop(); return err })
+	p.undo.Later(func(context.Context) error { _, err := p.load.Stop(); return err })
 	return p, l.warm(ctx, p.load)
-}
-
-func (p *production) later(undo func(ctx context.Context) error) { p.undo = append(p.undo, undo) }
-
-// end takes everything away again.
-func (p *production) end(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
-	defer cancel()
-	var errs []error
-	for len(p.undo) > 0 {
-		last := len(p.undo) - 1
-		errs = append(errs, p.undo[last](ctx))
-		p.undo = p.undo[:last]
-	}
-	return errors.Join(errs...)
 }
 
 // makeHosts makes the hosts of this run alone, with a catalog that goes with it.
 func (p *production) makeHosts() (err error) {
 	dir := filepath.Join(p.work, "run")
-	p.later(func(context.Context) error {
+	p.undo.Later(func(context.Context) error {
 		left, err := lab.Left(dir)
 		if err != nil || len(left) > 0 { // which atSite tells; never remove through a mount
 			return err
@@ -116,7 +101,7 @@ func (p *production) makeServer(ctx context.Context) error {
 	for _, o := range l.storages(p.batch.ground, p.VolumeSize) {
 		o.Host, o.Mountpoint, o.MountOptions = productionHost, filepath.Join(p.work, o.Name), []string{"noatime"}
 		o.Fstab, o.MdadmConf = filepath.Join(p.work, "fstab"), filepath.Join(p.work, "mdadm.conf")
-		p.later(func(ctx context.Context) error { return flow.DestroyStorage(ctx, p.pa, o) })
+		p.undo.Later(func(ctx context.Context) error { return flow.DestroyStorage(ctx, p.pa, o) })
 		if _, err := flow.CreateStorage(ctx, p.pa, o); err != nil {
 			return err
 		}
@@ -130,7 +115,7 @@ func (p *production) makeServer(ctx context.Context) error {
 	if p.server, err = lab.NewServer(ctx, o); err != nil {
 		return err
 	}
-	p.later(p.server.Stop)
+	p.undo.Later(p.server.Stop)
 	if err := p.server.Start(ctx); err != nil {
 		return err
 	}

@@ -42,7 +42,7 @@ func (p *production) startShipping(ctx context.Context) error {
 		s.err = p.a.StreamWAL(streaming, flow.StreamWALOptions{Target: p.target(), Slot: slot})
 	}()
 	p.ship = s
-	p.later(func(context.Context) error { // the slot goes with the server
+	p.undo.Later(func(context.Context) error { // the slot goes with the server
 		stop()
 		<-s.ended
 		return nil

@@ -75,13 +75,18 @@ func (c *image) replaceControl(content []byte) error {
 	return nil
 }
 
-// replaceWAL leaves nothing in pg_wal but the segments of the bracket.
-func (c *image) replaceWAL(ctx context.Context, segments []string) (err error) {
+// openWAL opens pg_wal, wherever its link leads.
+func (c *image) openWAL() (*os.Root, error) {
 	path, err := filepath.EvalSymlinks(filepath.Join(c.dataPath, "pg_wal"))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	r, err := os.OpenRoot(path)
+	return os.OpenRoot(path)
+}
+
+// replaceWAL leaves nothing in pg_wal but the segments of the bracket.
+func (c *image) replaceWAL(ctx context.Context, segments []string) (err error) {
+	r, err := c.openWAL()
 	if err != nil {
 		return err
 	}

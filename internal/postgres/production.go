@@ -103,11 +103,7 @@ func (c *image) stoppedCleanly() (err error) {
 // copy was isolated archive_mode was off: its first segments and its history
 // file have none, and the last checkpoint's segment is still being written.
 func (c *image) markWAL() (err error) {
-	path, err := filepath.EvalSymlinks(filepath.Join(c.dataPath, "pg_wal"))
-	if err != nil {
-		return err
-	}
-	r, err := os.OpenRoot(path)
+	r, err := c.openWAL()
 	if err != nil {
 		return err
 	}

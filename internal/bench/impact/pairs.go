@@ -48,7 +48,7 @@ func (o options) impact(ctx context.Context, d *evidence.Diary, tools []tool) (e
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.end(ctx)) }()
+	defer func() { err = errors.Join(err, s.undo.End(ctx)) }()
 	var failed []error
 	for i, j := range jobs {
 		say("pair %d of %d: %s, repeat %d", i+1, len(jobs), j.tool.Name, j.repeat)
@@ -79,15 +79,14 @@ func (o options) production(ctx context.Context) (s *site, group memoryGroup, er
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, s.end(ctx))
+			err = errors.Join(err, s.undo.End(ctx))
 		}
 	}()
 	if group, err = newMemoryGroup(o.Memory); err != nil {
 		return s, group, err
 	}
-	// The group goes when the server is gone, so its removal comes before the
-	// server's stop in the list.
-	s.undo = append(s.undo[:len(s.undo)-1], func(context.Context) error { return group.remove() }, s.server.Stop)
+	s.undo.Later(func(context.Context) error { return group.remove() }) // when the server is gone
+	s.undo.Later(s.server.Stop)
 	if err := group.run(func() error { return s.server.Start(ctx) }); err != nil {
 		return s, group, err
 	}
@@ -106,7 +105,7 @@ func (s *site) pair(ctx context.Context, group memoryGroup, t tool) (p evidence.
 	prepared := group.run(prepare)
 	if release != nil {
 		defer func() {
-			undoing, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+			undoing, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Minute)
 			defer cancel()
 			err = errors.Join(err, release(undoing))
 		}()

@@ -22,9 +22,6 @@ import (
 	"cleancut/internal/provider/local"
 )
 
-// undoTime ends the taking away of what was made.
-const undoTime = 10 * time.Minute
-
 // site is production: a server on one filesystem on one volume of a pool, and
 // a folder on another disk for what tools write.
 type site struct {
@@ -38,7 +35,7 @@ type site struct {
 	provider provider.Provider
 	server   lab.Server
 	made     []backup.ID // with cleancut, not deleted yet
-	undo     []func(ctx context.Context) error
+	undo     lab.Undo
 }
 
 // newSite makes it; the server is not started. On an error nothing is left.
@@ -47,7 +44,7 @@ func (o options) newSite(ctx context.Context, size backup.Bytes, conf []string) 
 	if s.dir, err = os.MkdirTemp(o.work, "cci-"); err != nil { // short: a socket's path has 107 bytes
 		return nil, err
 	}
-	s.later(func(context.Context) error {
+	s.undo.Later(func(context.Context) error {
 		left, err := lab.Left(s.dir)
 		if err != nil || len(left) > 0 { // never remove through a mount
 			return errors.Join(err, fmt.Errorf("%s: %w", strings.Join(left, "; "), backup.ErrLeft))
@@ -56,7 +53,7 @@ func (o options) newSite(ctx context.Context, size backup.Bytes, conf []string) 
 	})
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, s.end(ctx))
+			err = errors.Join(err, s.undo.End(ctx))
 		}
 	}()
 	s.pool, s.other, s.mount = filepath.Join(s.dir, "pool"), filepath.Join(s.dir, "other"), filepath.Join(s.dir, "data")
@@ -71,7 +68,6 @@ func (o options) newSite(ctx context.Context, size backup.Bytes, conf []string) 
 	if err != nil {
 		return s, err
 	}
-	s.later(s.server.Stop)
 	return s, s.server.Mkdir(s.other)
 }
 
@@ -80,7 +76,7 @@ func (s *site) makeVolume(ctx context.Context, size backup.Bytes) error {
 	if err != nil {
 		return err
 	}
-	s.later(func(context.Context) error { return undo() })
+	s.undo.Later(func(context.Context) error { return undo() })
 	if err := local.Init(ctx, s.pool); err != nil {
 		return err
 	}
@@ -89,28 +85,13 @@ func (s *site) makeVolume(ctx context.Context, size backup.Bytes) error {
 	}
 	o := flow.StorageOptions{Name: "data", Host: "production", Volumes: 1, Size: size, Filesystem: "xfs", Mountpoint: s.mount, MountOptions: []string{"noatime"},
 		Fstab: filepath.Join(s.dir, "fstab"), MdadmConf: filepath.Join(s.dir, "mdadm.conf")}
-	s.later(func(ctx context.Context) error { return flow.DestroyStorage(ctx, s.provider, o) })
+	s.undo.Later(func(ctx context.Context) error { return flow.DestroyStorage(ctx, s.provider, o) })
 	made, err := flow.CreateStorage(ctx, s.provider, o)
 	if err != nil {
 		return err
 	}
 	s.device, s.image = made.Devices[0], filepath.Join(s.pool, "volumes", string(made.Volumes[0])+".img")
 	return nil
-}
-
-func (s *site) later(undo func(ctx context.Context) error) { s.undo = append(s.undo, undo) }
-
-// end takes everything away, what was made last first, whatever fails.
-func (s *site) end(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
-	defer cancel()
-	var errs []error
-	for len(s.undo) > 0 {
-		last := len(s.undo) - 1
-		errs = append(errs, s.undo[last](ctx))
-		s.undo = s.undo[:last]
-	}
-	return errors.Join(errs...)
 }
 
 // exec runs statements one by one.

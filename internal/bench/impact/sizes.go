@@ -33,7 +33,8 @@ func (o options) size(ctx context.Context, d *evidence.Diary, want backup.Bytes)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.end(ctx)) }()
+	defer func() { err = errors.Join(err, s.undo.End(ctx)) }()
+	s.undo.Later(s.server.Stop)
 	if err := s.server.Start(ctx); err != nil {
 		return err
 	}
