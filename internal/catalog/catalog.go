@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -30,24 +29,6 @@ type Catalog struct {
 // cluster name that backup.CheckClusterName refuses makes every method fail.
 func New(store Store, cluster string) *Catalog {
 	return &Catalog{store: faultStore{store}, cluster: cluster}
-}
-
-// Clusters returns the names of the clusters that have something in store,
-// sorted.
-func Clusters(ctx context.Context, store Store) ([]string, error) {
-	objects, err := faultStore{store}.List(ctx, "clusters/")
-	if err != nil {
-		return nil, err
-	}
-	var names []string
-	for _, o := range objects {
-		name, _, below := strings.Cut(strings.TrimPrefix(o.Key, "clusters/"), "/")
-		if below && backup.CheckClusterName(name) == nil {
-			names = append(names, name)
-		}
-	}
-	slices.Sort(names)
-	return slices.Compact(names), nil
 }
 
 // PutManifest stores the record of a cut, once, and returns its digest.

@@ -252,25 +252,6 @@ func TestIntentsAreThereUntilTheyEnd(t *testing.T) {
 	}
 }
 
-func TestClustersAreThoseWithSomethingInTheCatalog(t *testing.T) {
-	root := t.TempDir()
-	s := catalog.NewDir(root)
-	for _, name := range []string{"shop", "main", "a-b", "a"} {
-		if err := catalog.New(s, name).PutIntent(t.Context(), backup.Intent{ID: id, Cluster: name}); err != nil {
-			t.Fatal(err)
-		}
-		if err := catalog.New(s, name).PutIntent(t.Context(), backup.Intent{ID: newer, Cluster: name}); err != nil {
-			t.Fatal(err)
-		}
-	}
-	put(t, s, "clusters/README", "no cluster")
-	put(t, s, "other/main2/x", "neither")
-	got, err := catalog.Clusters(t.Context(), s)
-	if want := []string{"a", "a-b", "main", "shop"}; err != nil || !slices.Equal(got, want) {
-		t.Errorf("got %v, %v, want %v", got, err, want)
-	}
-}
-
 func TestOneClusterDoesNotSeeAnother(t *testing.T) {
 	c, root := open(t)
 	whole(t, c, id)
@@ -326,7 +307,7 @@ func TestMalformedNamesAreRefusedByEveryMethod(t *testing.T) {
 }
 
 func TestEveryStoreCallIsBetweenTwoFaultPoints(t *testing.T) {
-	c, root := open(t)
+	c, _ := open(t)
 	i := &fault.Injector{}
 	ctx := fault.With(t.Context(), i)
 	m := manifest(t, id)
@@ -339,7 +320,6 @@ func TestEveryStoreCallIsBetweenTwoFaultPoints(t *testing.T) {
 	_, _ = c.Backup(ctx, id)
 	_, _ = c.Backups(ctx)
 	_, _ = c.Intents(ctx)
-	_, _ = catalog.Clusters(ctx, catalog.NewDir(root))
 	_ = c.Retract(ctx, id)
 	_ = c.EndIntent(ctx, id)
 	var want []string
@@ -347,7 +327,7 @@ func TestEveryStoreCallIsBetweenTwoFaultPoints(t *testing.T) {
 	for _, name := range slices.Concat(
 		[]string{"catalog.put intent", "catalog.put file", "catalog.put manifest", "catalog.get manifest", "catalog.put complete", "catalog.put verdict", "catalog.put dump"},
 		[]string{"catalog.list backup"}, entry, []string{"catalog.list backups"}, entry,
-		[]string{"catalog.list intents", "catalog.get intent", "catalog.list clusters", "catalog.delete complete", "catalog.delete intent"},
+		[]string{"catalog.list intents", "catalog.get intent", "catalog.delete complete", "catalog.delete intent"},
 	) {
 		want = append(want, name, name+" done")
 	}

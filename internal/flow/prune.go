@@ -166,15 +166,9 @@ func (f *Flow) Release(ctx context.Context, id backup.ID) ([]backup.Hold, error)
 	return f.Catalog.ReleaseHolds(ctx, id)
 }
 
-// PruneFacts gathers all that backup.PlanRetention decides by. What of it
-// cannot be told is an error: nothing is removed on half the facts.
-func (f *Flow) PruneFacts(ctx context.Context) ([]backup.Candidate, error) {
-	backups, err := f.backupFacts(ctx)
-	return candidates(backups), err
-}
-
 // backupFacts gathers what retention knows of the backups, also by intents of
-// which the catalog has nothing else yet.
+// which the catalog has nothing else yet. What of it cannot be told is an error:
+// nothing is removed on half the facts.
 func (f *Flow) backupFacts(ctx context.Context) ([]wal.Backup, error) {
 	entries, err := f.Catalog.Backups(ctx)
 	if err != nil {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"syscall"
 	"time"
@@ -137,9 +136,4 @@ func identify(ctx context.Context, cfg *pgx.ConnConfig, system backup.SystemIden
 		return Wanted, fmt.Sprintf("system %d", system)
 	}
 	return Other, fmt.Sprintf("system %d", got)
-}
-
-// SocketPath is where a server with that port makes its socket below a folder.
-func SocketPath(dir string, port int) string {
-	return filepath.Join(dir, fmt.Sprintf(".s.PGSQL.%d", port))
 }

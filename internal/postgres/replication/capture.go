@@ -110,9 +110,6 @@ func (c *Capture) await(ctx context.Context, ok func() bool) error {
 	}
 }
 
-// Server returns the server that it receives from, as it was at the start.
-func (c *Capture) Server() Server { return c.server }
-
 // Until waits until everything before lsn is durable in the folder, each
 // segment under its own name: the last one, if it is not whole yet, is filled
 // up with zeros to its full size, as the server keeps it. The server must have
