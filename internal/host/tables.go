@@ -24,6 +24,13 @@ func AddLine(file, name, line string) error {
 	return editTable(file, name, []string{marker(name), line, endMarker(name)})
 }
 
+// FstabLine is a line that mounts a filesystem by its UUID. Blanks in the mount
+// point are written as fstab(5) and getmntent(3) have it.
+func FstabLine(uuid, mountpoint, fstype string, options []string) string {
+	field := strings.NewReplacer(`\`, `\134`, " ", `\040`, "\t", `\011`, "#", `\043`)
+	return fmt.Sprintf("UUID=%s %s %s %s 0 0", uuid, field.Replace(mountpoint), fstype, strings.Join(options, ","))
+}
+
 // RemoveLine removes what AddLine wrote under that name. Not there: nil. It
 // never takes more than what stands between the two comments; where the second
 // is gone, only the first comment goes.

@@ -128,3 +128,15 @@ func FuzzLinesOfOthersStay(f *testing.F) {
 		}
 	})
 }
+
+func TestAFstabLineIsReadBackAsItWasMeant(t *testing.T) {
+	at := "/srv/a b\tc\\d#e"
+	file := filepath.Join(t.TempDir(), "fstab")
+	if err := host.AddLine(file, "x", host.FstabLine("1-2", at, "xfs", []string{"defaults", "nofail"})); err != nil {
+		t.Fatal(err)
+	}
+	out, err := host.Run(t.Context(), "findmnt", "--tab-file", file, "--noheadings", "--raw", "--output", "SOURCE,FSTYPE,OPTIONS,TARGET")
+	if want := `UUID=1-2 xfs defaults,nofail /srv/a\x20b\x09c\x5cd#e` + "\n"; err != nil || string(out) != want {
+		t.Errorf("got %q, %v, want %q", out, err, want)
+	}
+}

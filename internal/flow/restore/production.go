@@ -314,7 +314,7 @@ func (s *Stood) addLines(ctx context.Context, o StandOptions) error {
 	for _, i := range byDepth(*o.Copy, false) { // mount -a goes by their order
 		f := o.Manifest.Topology.Filesystems[i]
 		opts := append([]string{"defaults", "nofail"}, options(f)...)
-		line := fmt.Sprintf("UUID=%s %s %s %s 0 0", filesystemUUID(o.Copy.ID, f.UUID), f.Mountpoint, f.Type, strings.Join(opts, ","))
+		line := host.FstabLine(filesystemUUID(o.Copy.ID, f.UUID), f.Mountpoint, f.Type, opts)
 		if err := host.AddLine(p.Fstab, lineName(o, i), line); err != nil {
 			return err
 		}

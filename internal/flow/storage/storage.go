@@ -14,7 +14,6 @@ import (
 	"fmt"
 	"path/filepath"
 	"strconv"
-	"strings"
 
 	"cleancut/internal/backup"
 	"cleancut/internal/host"
@@ -159,7 +158,7 @@ func format(ctx context.Context, o Options, res *Result) error {
 	res.Filesystem, res.Mountpoint = id.UUID, o.Mountpoint
 	// By UUID, as names change; nofail, so that a missing volume does not stop the boot.
 	options := append([]string{"defaults", "nofail"}, o.MountOptions...)
-	if err := host.AddLine(o.Fstab, o.Name, fmt.Sprintf("UUID=%s %s %s %s 0 0", id.UUID, o.Mountpoint, o.Filesystem, strings.Join(options, ","))); err != nil {
+	if err := host.AddLine(o.Fstab, o.Name, host.FstabLine(id.UUID, o.Mountpoint, o.Filesystem, options)); err != nil {
 		return err
 	}
 	return host.MountDevice(ctx, device, o.Mountpoint, o.Filesystem, o.MountOptions)
