@@ -27,11 +27,15 @@ const slotsFile = Private + "/slots-removed.json"
 
 // noteSlots records the replication slots that the copy does not inherit.
 func (c *image) noteSlots() error {
-	entries, err := fs.ReadDir(c.data.FS(), "pg_replslot")
-	if errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 { // emptied by an earlier run, perhaps
+	info, err := c.data.Lstat("pg_replslot")
+	if errors.Is(err, fs.ErrNotExist) || err == nil && !info.IsDir() { // a link that somebody made: empty() replaces it
 		return nil
 	}
 	if err != nil {
+		return err
+	}
+	entries, err := fs.ReadDir(c.data.FS(), "pg_replslot")
+	if err != nil || len(entries) == 0 { // emptied by an earlier run, perhaps
 		return err
 	}
 	var names []string
