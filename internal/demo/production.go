@@ -230,8 +230,9 @@ func (s *story) connect(ctx context.Context) (*pgx.Conn, error) { return s.serve
 // Step 6.
 func (s *story) startBulk(ctx context.Context, facts map[string]any) error {
 	which := load.All()
-	// Slow enough that no copy recovers for long, and still writing at the cut.
-	which.Bulk = &load.BulkOptions{MaxBytes: 64 << 20, BatchRows: 500, RowsPerSecond: 3000}
+	// Slow enough that no copy recovers for long, and still writing at the cut;
+	// with a small database it may be full and wait by then.
+	which.Bulk = &load.BulkOptions{MaxBytes: max(8<<20, min(64<<20, backup.Bytes(s.facts.Tables["play.people"])*640)), BatchRows: 500, RowsPerSecond: 3000}
 	which.Churn.SwitchEvery = 20 * time.Second
 	s.began = time.Now()
 	var err error
