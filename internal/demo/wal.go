@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"path/filepath"
 	"strings"
 	"time"
@@ -24,6 +25,7 @@ func (s *story) streamWAL(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	f.Log = slog.New(slog.DiscardHandler) // production is restarted, which it waits for
 	ctx, stop := context.WithCancel(context.WithoutCancel(ctx))
 	ended := make(chan error, 1)
 	go func() {
@@ -99,6 +101,9 @@ func (s *story) awaitShipped(ctx context.Context) (backup.LSN, error) {
 		list, err := f.ListWAL(ctx)
 		if err != nil {
 			return 0, err
+		}
+		if list.Stream != nil && list.Stream.State == "stopped" {
+			return 0, errStep("the WAL stream has ended: %s", list.Stream.Error)
 		}
 		for _, b := range list.Backups {
 			if n := len(b.Ways); b.ID == s.manifest.ID && n > 0 && b.Ways[n-1].To >= end {
