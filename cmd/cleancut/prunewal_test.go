@@ -147,7 +147,9 @@ func TestWALFollowsTheBackups(t *testing.T) {
 	p.server.Stop(t)
 	pgtest.Append(t, filepath.Join(p.server.DataDirectory, "standby.signal"), "")
 	p.server.Start(t)
-	p.server.Exec(t, "SELECT pg_promote()")
+	if err := p.server.Promote(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	moments = append(moments, p.say(t, "d"))
 	p.say(t, "e")
 	p.shipped(t, 2)

@@ -226,7 +226,10 @@ func TestWALStreamFollowsAPromotion(t *testing.T) {
 	begin := w.lsn(t, standby, "SELECT restart_lsn FROM pg_replication_slots")
 	w.write(t, 3)
 	w.stored(t, w.server, 1)
-	standby.Exec(t, "SELECT pg_promote()", "CREATE TABLE here(n int)")
+	if err := standby.Promote(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	standby.Exec(t, "CREATE TABLE here(n int)")
 	standby.Exec(t, "SELECT pg_logical_emit_message(false, 'x', repeat('x', 1000000))")
 	end := w.stored(t, standby, 2)
 	h, err := w.wal(t).History(t.Context(), 2)

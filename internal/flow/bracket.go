@@ -6,8 +6,11 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"cleancut/internal/backup"
@@ -109,11 +112,8 @@ func (f *Flow) keepWAL(ctx context.Context, m *backup.Manifest, b *backup.Bracke
 }
 
 // checkKeptWAL refuses a bracketed backup of which WAL is missing in the
-// catalog, before anything is made.
+// catalog.
 func (f *Flow) checkKeptWAL(ctx context.Context, m backup.Manifest) error {
-	if m.Bracket == nil {
-		return nil
-	}
 	kept, err := f.Catalog.BackupWAL(m.ID).List(ctx)
 	if err != nil {
 		return err
@@ -125,6 +125,69 @@ func (f *Flow) checkKeptWAL(ctx context.Context, m backup.Manifest) error {
 		}
 	}
 	return nil
+}
+
+// proveKeptWAL reads the WAL of a bracketed backup with pg_waldump, from the
+// start of backup mode to its end, before anything is made: every record must
+// be whole, and of a primary there must be the one that ends this backup
+// (XLOG_BACKUP_END with its start). backup.ErrDamage: it is not so;
+// backup.ErrIncomplete: some of it is missing.
+func (f *Flow) proveKeptWAL(ctx context.Context, m backup.Manifest, inst postgres.Installation) error {
+	b := m.Bracket
+	if b == nil {
+		return nil
+	}
+	if err := f.checkKeptWAL(ctx, m); err != nil {
+		return err
+	}
+	tool, err := inst.Tool(ctx, "pg_waldump")
+	if err != nil {
+		f.Log.Warn("the WAL of backup mode is not read before the copy is made: recovery itself will find it whole or not", "reason", err)
+		return nil
+	}
+	f.tell("wal", "reading that of backup mode")
+	dir, err := f.walDumpFolder()
+	if err != nil {
+		return err
+	}
+	defer closeWALDump(dir)
+	open := f.segment(m)
+	for _, name := range b.WAL {
+		if err := copyTo(ctx, filepath.Join(dir.Name(), name), name, open); err != nil {
+			return fmt.Errorf("the WAL that was kept with backup %s: %w", m.ID, err)
+		}
+	}
+	cmd := exec.CommandContext(ctx, tool, "--path="+dir.Name(), "--timeline="+strconv.FormatUint(uint64(b.Timeline), 10),
+		"--start="+b.StartLSN.String(), "--end="+b.End.String(), "--rmgr=XLOG") // all records are read, those of XLOG printed
+	cmd.Env = []string{"LC_ALL=C"}
+	var said strings.Builder
+	cmd.Stderr = &said
+	out, err := cmd.Output()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err == nil && !b.Standby() && !strings.Contains(string(out), "desc: BACKUP_END "+b.StartLSN.String()) {
+		err = errors.New("the record that ends the backup is not in it")
+	}
+	if err != nil {
+		return backup.Hint(fmt.Errorf("backup %s: the WAL of backup mode, from %s to %s, is not whole: %w: %w: %s", m.ID, b.StartLSN, b.End, backup.ErrDamage, err, strings.Join(strings.Fields(said.String()), " ")),
+			"take another backup; see `cleancut list` for those that are sound")
+	}
+	return nil
+}
+
+// copyTo writes what open gives into a new file.
+func copyTo(ctx context.Context, path, name string, open func(ctx context.Context, name string) (io.ReadCloser, error)) error {
+	from, err := open(ctx, name)
+	if err != nil {
+		return err
+	}
+	to, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err == nil {
+		_, err = io.Copy(to, from)
+		err = errors.Join(err, to.Close())
+	}
+	return errors.Join(err, from.Close())
 }
 
 // segment opens a file of the WAL that lies with a bracketed backup. What is

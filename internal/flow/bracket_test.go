@@ -1,6 +1,7 @@
 package flow_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -19,6 +20,7 @@ import (
 	"cleancut/internal/postgres"
 	"cleancut/internal/postgres/pgtest"
 	"cleancut/internal/provider"
+	"cleancut/internal/wal"
 )
 
 // apart is production with data, WAL and a tablespace on volumes of their own.
@@ -58,6 +60,7 @@ func TestFilesystemsCutSecondsApartAreSoundWhenBracketed(t *testing.T) {
 		t.Errorf("left of the receiver: %v, %v", left, err)
 	}
 	last := filepath.Join(folder, b.WAL[len(b.WAL)-1]+".zst")
+	p.spoilt(m, last)
 	if err := os.Truncate(last, 1000); err != nil {
 		t.Fatal(err)
 	}
@@ -75,6 +78,55 @@ func TestFilesystemsCutSecondsApartAreSoundWhenBracketed(t *testing.T) {
 	}
 	if left, err := os.ReadDir(folder); err == nil && len(left) > 0 {
 		t.Errorf("left of the backup's WAL: %v", left)
+	}
+}
+
+// spoilt puts another content into the last of the WAL that was kept with a
+// bracketed backup: sound for the catalog, and without the record that ends the
+// backup, or with a record that is not whole. Nothing is made of it.
+func (p *production) spoilt(m backup.Manifest, last string) {
+	p.t.Helper()
+	sound, err := os.ReadFile(last)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	file, err := wal.ParseFile(m.Bracket.WAL[len(m.Bracket.WAL)-1])
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	size := m.Server.WALSegmentSize
+	var content bytes.Buffer
+	if err := p.flow.Catalog.BackupWAL(m.ID).Get(p.t.Context(), file, wal.System{Identifier: m.Server.SystemIdentifier, SegmentSize: size}, &content); err != nil {
+		p.t.Fatal(err)
+	}
+	end := int(uint64(m.Bracket.End) % uint64(size))
+	for what, change := range map[string]func(b []byte){
+		"the record that ends the backup is zeroed": func(b []byte) { clear(b[end-40 : end]) },
+		"a bit of the record before it is flipped":  func(b []byte) { b[end-60] ^= 1 },
+	} {
+		other := bytes.Clone(content.Bytes())
+		change(other)
+		err := os.Remove(last)
+		if err := errors.Join(err, p.flow.Catalog.BackupWAL(m.ID).Put(p.t.Context(), file, bytes.NewReader(other), int64(size))); err != nil {
+			p.t.Fatal(err)
+		}
+		_, _, err = p.other.Restore(p.t.Context(), flow.RestoreOptions{ID: m.ID, Purpose: backup.ForVerify})
+		if !errors.Is(err, backup.ErrDamage) || errors.Is(err, backup.ErrLeft) || !strings.Contains(err.Error(), "not whole") {
+			p.t.Errorf("%s: got %v, want that the WAL is not whole", what, err)
+		}
+		p.nothingWasMade()
+	}
+	if err := os.WriteFile(last, sound, 0o600); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// nothingWasMade: not even the lock of a copy, whose file stays.
+func (p *production) nothingWasMade() {
+	p.t.Helper()
+	locks, err := filepath.Glob(filepath.Join(p.other.State.Path(), "locks", "copy*"))
+	if err != nil || len(locks) > 1 { // that of the judgement before
+		p.t.Errorf("locks of copies: %v, %v", locks, err)
 	}
 }
 
@@ -128,10 +180,7 @@ func TestAStandbyIsBackedUpBracketed(t *testing.T) {
 	}
 	// It is promoted inside the window.
 	o.Mode, o.FastCheckpoint = backup.ModeBracketed, true
-	o.BeforeFreeze = func(context.Context) error {
-		p.server.Exec(t, "SELECT pg_promote(true, 600)")
-		return nil
-	}
+	o.BeforeFreeze = p.server.Promote
 	if m, err := p.flow.Backup(t.Context(), o); !errors.Is(err, backup.ErrVoid) || errors.Is(err, backup.ErrLeft) {
 		t.Errorf("promoted inside the window: got %s, %v", m.ID, err)
 	}

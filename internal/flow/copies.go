@@ -66,7 +66,7 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	if err != nil {
 		return r, nil, err
 	}
-	if err := f.checkKeptWAL(ctx, m); err != nil {
+	if err := f.proveKeptWAL(ctx, m, inst); err != nil {
 		return r, nil, err
 	}
 	copyID := backup.NewID(time.Now())

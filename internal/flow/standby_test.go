@@ -470,7 +470,10 @@ func TestAPrimaryThatCannotBeFollowedIsRefused(t *testing.T) {
 	p.soon("it is replayed", func() bool {
 		return p.value("SELECT bool_and(replay_lsn = pg_current_wal_lsn()) FROM pg_stat_replication") == "true"
 	})
-	second.Exec(t, "SELECT pg_promote(true, 600)", "INSERT INTO said VALUES (2000)")
+	if err := second.Promote(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	second.Exec(t, "INSERT INTO said VALUES (2000)")
 	p.server.Exec(t, "INSERT INTO said VALUES (1001)")
 	late := p.take(backup.ModeFreeze)
 	p.refused(late.ID, backup.ErrUnsupported, at(second), "the history of the primary, which is on timeline 2, does not pass there", "take a backup")

@@ -38,6 +38,20 @@ const walDumpPrefix = "waldump-"
 
 func (f *Flow) openWALDump(tool string, list WALList, way WALWay, first uint64) (*walDump, error) {
 	i := slices.IndexFunc(list.histories, func(h wal.History) bool { return h.Timeline == way.Timeline })
+	dir, err := f.walDumpFolder()
+	if err != nil {
+		return nil, err
+	}
+	return &walDump{flow: f, tool: tool, system: *list.System, history: list.histories[i], first: first,
+		final: wal.At(0, way.To-1, list.System.SegmentSize).Number, dir: dir}, nil
+}
+
+// Close removes the folder.
+func (d *walDump) Close() { closeWALDump(d.dir) }
+
+// walDumpFolder makes a folder for WAL that is only looked at. While it is open
+// sweep leaves it alone.
+func (f *Flow) walDumpFolder() (*os.File, error) {
 	path, err := os.MkdirTemp(f.State.Path(), walDumpPrefix)
 	if err != nil {
 		return nil, fmt.Errorf("look into the WAL: %w", err)
@@ -49,13 +63,11 @@ func (f *Flow) openWALDump(tool string, list WALList, way WALWay, first uint64) 
 	if err != nil {
 		return nil, fmt.Errorf("look into the WAL: %w", errors.Join(err, os.RemoveAll(path)))
 	}
-	return &walDump{flow: f, tool: tool, system: *list.System, history: list.histories[i], first: first,
-		final: wal.At(0, way.To-1, list.System.SegmentSize).Number, dir: dir}, nil
+	return dir, nil
 }
 
-// Close removes the folder.
-func (d *walDump) Close() {
-	_, _ = os.RemoveAll(d.dir.Name()), d.dir.Close() // what stays is sweep's
+func closeWALDump(dir *os.File) {
+	_, _ = os.RemoveAll(dir.Name()), dir.Close() // what stays is sweep's
 }
 
 // sweepWALDumps removes the folders of processes that were killed: nobody holds

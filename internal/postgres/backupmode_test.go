@@ -442,6 +442,8 @@ func fullPageWrites(t *testing.T, primary, standby *pgtest.Server) {
 
 func promoted(t *testing.T, standby *pgtest.Server) {
 	b := startBackup(t, standby)
-	standby.Exec(t, "SELECT pg_promote(true, 600)")
+	if err := standby.Promote(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	void(t, b, "the standby was promoted during the backup")
 }

@@ -253,15 +253,26 @@ func (i *Instance) Promote(ctx context.Context) error {
 	}
 	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
 	return effect(ctx, "promote", func() error {
-		// It waits itself, for a minute: as a tick of ours, also after ctx ended.
-		for {
-			var done bool
-			err := conn.QueryRow(ctx, `SELECT CASE WHEN pg_is_in_recovery() THEN pg_promote(true, 60) ELSE true END`).Scan(&done)
+		// A pg_promote that waits holds a snapshot, and recovery may have to wait
+		// for that one first (max_standby_streaming_delay).
+		tick := time.NewTicker(startPause)
+		defer tick.Stop()
+		for asked := false; ; asked = true {
+			in := false
+			err := conn.QueryRow(ctx, `SELECT pg_is_in_recovery()`).Scan(&in)
+			if err == nil && !in {
+				return nil
+			}
+			if err == nil && !asked {
+				_, err = conn.Exec(ctx, `SELECT pg_promote(false)`)
+			}
 			if err != nil {
 				return fmt.Errorf("promote the standby in %s: %w", i.Root, err)
 			}
-			if done {
-				return nil
+			select {
+			case <-tick.C:
+			case <-ctx.Done():
+				return context.Cause(ctx)
 			}
 		}
 	})

@@ -322,6 +322,32 @@ func (s *Server) Exec(t testing.TB, statements ...string) {
 	}
 }
 
+// Promote promotes a standby and returns when it is out of recovery. It holds no
+// snapshot meanwhile, for which recovery might have to wait first.
+func (s *Server) Promote(ctx context.Context) error {
+	conn, err := postgres.Connect(ctx, postgres.Target{DSN: s.DSN("postgres"), DataDirectory: s.DataDirectory})
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	if _, err := conn.Exec(ctx, "SELECT pg_promote(false)"); err != nil {
+		return err
+	}
+	for {
+		in := false
+		if err := conn.QueryRow(ctx, "SELECT pg_is_in_recovery()").Scan(&in); err != nil || !in {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
 // Start starts the server and waits until it is out of crash recovery.
 func (s *Server) Start(t testing.TB) {
 	t.Helper()

@@ -133,7 +133,9 @@ func TestACaptureHoldsAllWALOfItsTime(t *testing.T) {
 		end := query(t, primary, "SELECT pg_current_wal_flush_lsn()")
 		until(t, c, end)
 		same(t, standby, c.Segments(), redo, end)
-		standby.Exec(t, "SELECT pg_promote()")
+		if err := standby.Promote(t.Context()); err != nil {
+			t.Fatal(err)
+		}
 		write(t, standby, 2)
 		until(t, c, query(t, standby, "SELECT pg_current_wal_flush_lsn()"))
 		second := []replication.Captured{}
