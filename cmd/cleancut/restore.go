@@ -81,7 +81,7 @@ With a time and no id the latest backup that was cut before it is taken.`,
 				return a.hydrated(backup.Copy{}, o, func(o flow.HydrateOptions) (backup.Copy, error) { return f.HydrateAt(c.Context(), to, o) })
 			}
 			if byTime {
-				if id, err = f.Nearest(c.Context(), until); err != nil {
+				if id, err = f.Nearest(c.Context(), until.Target.Time); err != nil {
 					return err
 				}
 			}

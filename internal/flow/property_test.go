@@ -193,20 +193,13 @@ func (h *history) question() question {
 // nearest takes the backup that is chosen where only a time is given.
 func (h *history) nearest(q *question) {
 	h.t.Helper()
-	before := slices.DeleteFunc(slices.Clone(h.backups), func(b taken) bool { return b.moment().After(q.target.Time) })
-	slices.SortStableFunc(before, func(a, b taken) int { return b.moment().Compare(a.moment()) }) // the latest first
 	var want taken
-	if len(before) > 0 {
-		want = before[0]
-	}
-	for t := uint32(len(h.lines)); t > 0; t-- { // the newest timeline first
-		i := slices.IndexFunc(before, func(b taken) bool { return h.leads(b, t) })
-		if i >= 0 && (q.along == 0 || q.along == t) {
-			want = before[i]
-			break
+	for _, b := range h.backups {
+		if !b.moment().After(q.target.Time) && b.moment().After(want.moment()) {
+			want = b
 		}
 	}
-	got, err := h.p.other.Nearest(h.t.Context(), flow.Recovery{Target: q.target, Timeline: q.along})
+	got, err := h.p.other.Nearest(h.t.Context(), q.target.Time)
 	if got != want.ID || (err == nil) != (want.ID != "") || err != nil && !errors.Is(err, backup.ErrNotFound) {
 		h.t.Errorf("nearest to %s: got %s, %v, want %s", q.target, got, err, want.ID)
 	}

@@ -177,47 +177,25 @@ func shellWord(path string) string {
 	return "'" + strings.NewReplacer("'", `'\''`, "%", "%%").Replace(path) + "'"
 }
 
-// Nearest chooses the backup from which a target in time is reached with the
-// least WAL: the latest complete one that was cut before it and from which the
-// WAL leads along the timeline, by default the newest that any of them leads
-// to. So a backup of a branch that was given up, by a failover say, is not
-// taken for production's. Where no WAL leads on from any it is the latest.
-func (f *Flow) Nearest(ctx context.Context, r Recovery) (backup.ID, error) {
+// Nearest chooses the backup from which a moment is reached with the least
+// WAL: the latest complete one that was cut before it.
+func (f *Flow) Nearest(ctx context.Context, moment time.Time) (backup.ID, error) {
 	entries, err := f.Catalog.Backups(ctx)
 	if err != nil {
 		return "", err
 	}
-	list, err := f.ListWAL(ctx)
-	if err != nil {
-		return "", err
-	}
-	leads := map[backup.ID][]WALWay{}
-	for _, b := range list.Backups {
-		leads[b.ID] = b.Ways
-	}
 	var best backup.ID
 	var latest time.Time
-	var along wal.Timeline // of the best; 0: no WAL leads on from it
 	for _, e := range entries {
 		if e.Err != nil || e.Complete.ID == "" || e.Manifest.Cut.Achieved == backup.Torn {
 			continue
 		}
-		_, cut := e.Manifest.Span()
-		if cut.After(r.Target.Time) {
-			continue
-		}
-		var to wal.Timeline
-		for _, w := range leads[e.ID] {
-			if r.Timeline == 0 || uint32(w.Timeline) == r.Timeline {
-				to = max(to, w.Timeline)
-			}
-		}
-		if best == "" || to > along || to == along && cut.After(latest) {
-			best, latest, along = e.ID, cut, to
+		if _, cut := e.Manifest.Span(); !cut.After(moment) && cut.After(latest) {
+			best, latest = e.ID, cut
 		}
 	}
 	if best == "" {
-		return "", backup.Hint(fmt.Errorf("no complete backup was cut before %s: %w", r.Target.Time.UTC().Format(time.RFC3339Nano), backup.ErrNotFound), "see `cleancut list`")
+		return "", backup.Hint(fmt.Errorf("no complete backup was cut before %s: %w", moment.UTC().Format(time.RFC3339Nano), backup.ErrNotFound), "see `cleancut list`")
 	}
 	return best, nil
 }

@@ -177,11 +177,11 @@ func TestRecoveryStopsWhereItIsTold(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if id, err := p.other.Nearest(t.Context(), flow.Recovery{Target: moment}); err != nil || id != bracketed.ID {
+	if id, err := p.other.Nearest(t.Context(), moment.Time); err != nil || id != bracketed.ID {
 		t.Errorf("nearest: got %s, %v, want %s", id, err, bracketed.ID)
 	}
 	if _, cut := early.Span(); true {
-		if id, err := p.other.Nearest(t.Context(), flow.Recovery{Target: backup.Target{Kind: backup.TargetTime, Time: cut.Add(-time.Minute)}}); !errors.Is(err, backup.ErrNotFound) {
+		if id, err := p.other.Nearest(t.Context(), cut.Add(-time.Minute)); !errors.Is(err, backup.ErrNotFound) {
 			t.Errorf("before the first: got %s, %v", id, err)
 		}
 	}
