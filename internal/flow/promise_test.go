@@ -101,7 +101,8 @@ func (h *history) endLine(reach backup.LSN) {
 // is what came next.
 func (h *history) acknowledged(ends []ending, r record) []ending {
 	h.t.Helper()
-	for len(ends) > 0 && !ends[0].commit && ends[0].xid != r.xid {
+	// A rollback is not flushed: after a crash its number may be given once more.
+	for len(ends) > 0 && !ends[0].commit && (ends[0].xid != r.xid || r.start > ends[0].high) {
 		ends = ends[1:]
 	}
 	commit := strings.HasPrefix(r.kind, "COMMIT")
