@@ -13,6 +13,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"cleancut/internal/backup"
 	"cleancut/internal/postgres"
 	"cleancut/internal/postgres/replication"
@@ -141,6 +143,9 @@ func (f *Flow) proveKeptWAL(ctx context.Context, m backup.Manifest, inst postgre
 		return err
 	}
 	tool, err := inst.Tool(ctx, "pg_waldump")
+	if err == nil {
+		err = f.roomFor(int64(len(b.WAL)) * int64(m.Server.WALSegmentSize))
+	}
 	if err != nil {
 		f.Log.Warn("the WAL of backup mode is not read before the copy is made: recovery itself will find it whole or not", "reason", err)
 		return nil
@@ -172,6 +177,19 @@ func (f *Flow) proveKeptWAL(ctx context.Context, m backup.Manifest, inst postgre
 	if err != nil {
 		return backup.Hint(fmt.Errorf("backup %s: the WAL of backup mode, from %s to %s, is not whole: %w: %w: %s", m.ID, b.StartLSN, b.End, backup.ErrDamage, err, strings.Join(strings.Fields(said.String()), " ")),
 			"take another backup; see `cleancut list` for those that are sound")
+	}
+	return nil
+}
+
+// roomFor demands that the state folder's filesystem keeps as much again free
+// when so many bytes lie there for a moment.
+func (f *Flow) roomFor(bytes int64) error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(f.State.Path(), &fs); err != nil {
+		return fmt.Errorf("free space of %s: %w", f.State.Path(), err)
+	}
+	if free := int64(fs.Bavail) * fs.Bsize; free < 2*bytes {
+		return fmt.Errorf("%s has %s free, and the WAL has %s", f.State.Path(), backup.Bytes(free), backup.Bytes(bytes))
 	}
 	return nil
 }
