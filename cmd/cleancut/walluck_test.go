@@ -65,7 +65,11 @@ func (n *network) mend() {
 func (n *network) cut() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	_ = n.listen.Close() // also when it is closed already
+	if n.listen == nil {
+		return
+	}
+	_ = n.listen.Close()
+	n.listen = nil
 	for _, c := range n.conns {
 		_ = c.Close()
 	}
@@ -92,6 +96,11 @@ func (n *network) accept(l net.Listener) {
 			return
 		}
 		n.mu.Lock()
+		if n.listen != l { // cut, just after it was accepted
+			_ = in.Close()
+			n.mu.Unlock()
+			return
+		}
 		n.tries++
 		out, err := net.Dial("unix", n.to)
 		if err != nil {

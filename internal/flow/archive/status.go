@@ -53,9 +53,7 @@ func (s *stream) progress(p replication.Position) {
 	s.tell(func() {
 		if s.status.State != "receiving" {
 			s.status.State = "receiving"
-			if len(s.pending) == 0 {
-				s.status.Error, s.status.Failing = "", nil
-			}
+			s.receiving = trouble{}
 		}
 		s.status.Timeline, s.status.Durable, s.status.Server = p.Timeline, p.Durable, max(p.Server, s.status.Server)
 		if p.Durable < s.status.Stored { // another timeline, or begun anew
@@ -64,16 +62,45 @@ func (s *stream) progress(p replication.Position) {
 	}, false)
 }
 
-// fails notes what is waited for.
-func (s *stream) fails(err error) {
+// trouble is what one of the two halves of a stream waits for. Each has its
+// own: what is stored says nothing of a server that is away.
+type trouble struct {
+	reason string
+	since  time.Time
+}
+
+// fails notes what one half, receiving or storing, waits for.
+func (s *stream) fails(half *trouble, err error) {
 	s.o.Log.Warn("waiting", "reason", err)
 	s.tell(func() {
-		s.status.State, s.status.Error = "waiting", err.Error()
-		if s.status.Failing == nil {
-			now := time.Now().UTC()
-			s.status.Failing = &now
+		s.status.State, half.reason = "waiting", err.Error()
+		if half.since.IsZero() {
+			half.since = time.Now().UTC()
 		}
 	}, true)
+}
+
+// stores notes that a file went into the catalog.
+func (s *stream) stores() {
+	s.tell(func() { s.storing = trouble{} }, false)
+}
+
+// troubles are the reasons of both halves, and since when the first has one.
+func (s *stream) troubles() (reasons string, since *time.Time) {
+	for _, half := range []trouble{s.receiving, s.storing} {
+		switch {
+		case half.reason == "":
+			continue
+		case since == nil:
+			reasons, since = half.reason, &half.since
+		default:
+			reasons += "; " + half.reason
+			if half.since.Before(*since) {
+				since = &half.since
+			}
+		}
+	}
+	return reasons, since
 }
 
 // tell changes the status and writes it, if it was not written just now.
@@ -86,6 +113,9 @@ func (s *stream) tell(change func(), now bool) {
 	}
 	s.written = time.Now()
 	st := s.status
+	if st.State != "stopped" { // else the error it ended with, if any
+		st.Error, st.Failing = s.troubles()
+	}
 	st.Updated, st.Stored, st.Pending = time.Now().UTC(), s.stored(), len(s.pending)
 	st.Lag, st.Unstored = bytesTo(st.Server, st.Durable), bytesTo(st.Server, st.Stored)
 	s.status.Stored = st.Stored

@@ -55,6 +55,8 @@ type stream struct {
 	fatal   error      // of the uploader
 	status  Status
 	written time.Time
+
+	receiving, storing trouble
 }
 
 // Stream receives WAL for ever. Whatever may pass by itself (the server is
@@ -103,7 +105,7 @@ func (s *stream) receive(ctx context.Context) error {
 		if final(err) && !s.skips(ctx, err) {
 			return err
 		}
-		s.fails(err)
+		s.fails(&s.receiving, err)
 		if time.Since(began) > lastPause {
 			pause = firstPause
 		}
@@ -327,7 +329,7 @@ func (s *stream) upload(ctx context.Context) {
 			s.fatal = err
 			return
 		}
-		s.fails(err)
+		s.fails(&s.storing, err)
 		if !wait(ctx, pause) {
 			return
 		}
@@ -344,10 +346,10 @@ func (s *stream) store(ctx context.Context, f wal.File) error {
 	if err := os.Remove(path); err != nil {
 		return fmt.Errorf("stream WAL: %w", err)
 	}
-	s.tell(func() {
-		s.pending = slices.DeleteFunc(s.pending, func(p wal.File) bool { return p == f })
-		s.status.Error, s.status.Failing = "", nil
-	}, false)
+	s.mu.Lock()
+	s.pending = slices.DeleteFunc(s.pending, func(p wal.File) bool { return p == f })
+	s.mu.Unlock()
+	s.stores()
 	return nil
 }
 

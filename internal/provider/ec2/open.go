@@ -213,7 +213,7 @@ func (p *Provider) self(ctx context.Context) (self, error) {
 	if err := ctx.Err(); err != nil {
 		return self{}, err
 	}
-	doc, err := imds.NewFromConfig(p.cfg).GetInstanceIdentityDocument(ctx, &imds.GetInstanceIdentityDocumentInput{})
+	doc, err := p.document(ctx)
 	if err != nil {
 		if ctx.Err() != nil {
 			return self{}, ctx.Err()
@@ -227,6 +227,20 @@ func (p *Provider) self(ctx context.Context) (self, error) {
 	}
 	p.identity.known = known
 	return known, nil
+}
+
+// document asks the instance metadata. The SDK gives a call five seconds
+// (imds: defaultOperationTimeout), which pass while a busy machine or its
+// hypervisor stands still; then it is asked once more.
+func (p *Provider) document(ctx context.Context) (doc *imds.GetInstanceIdentityDocumentOutput, err error) {
+	for range 3 {
+		doc, err = imds.NewFromConfig(p.cfg).GetInstanceIdentityDocument(ctx, &imds.GetInstanceIdentityDocumentInput{})
+		if err == nil || ctx.Err() != nil || !errors.Is(err, context.DeadlineExceeded) {
+			break
+		}
+		p.log.Info("the instance metadata does not answer")
+	}
+	return doc, err
 }
 
 // zone returns the availability zone of this instance: volumes can only be

@@ -1,10 +1,14 @@
 package ec2_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"strings"
 	"testing"
@@ -184,4 +188,50 @@ func TestPureNames(t *testing.T) {
 	if got := ec2.Literal(`a*b?c\d`); got != `a\*b\?c\\d` {
 		t.Errorf("got %s", got)
 	}
+}
+
+// TestInstanceMetadataIsAskedAgainAfterAStandstill: no answer within the SDK's
+// five seconds is not yet a machine outside EC2.
+func TestInstanceMetadataIsAskedAgainAfterAStandstill(t *testing.T) {
+	if !labtest.Here(t, labtest.Root) {
+		return
+	}
+	c := start(t, ec2sim.Options{})
+	gaveUp := make(chan struct{})
+	h := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case <-gaveUp:
+		case <-r.Context().Done():
+			return
+		}
+		to, err := url.Parse(c.url)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		httputil.NewSingleHostReverseProxy(to).ServeHTTP(w, r)
+	}))
+	t.Cleanup(h.Close)
+	onInstance(t, c, instanceB)
+	t.Setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", ec2sim.MetadataEndpoint(h.URL, instanceB))
+	log := slog.New(slog.NewTextHandler(writer(func(line []byte) {
+		if bytes.Contains(line, []byte("does not answer")) {
+			close(gaveUp)
+		}
+	}), nil))
+	if _, err := ec2.Open(t.Context(), ec2.Options{Endpoint: c.url, Devices: c.Devices(instanceB)}, log); err != nil {
+		t.Error(err)
+	}
+	select {
+	case <-gaveUp:
+	default:
+		t.Error("it never stood still")
+	}
+}
+
+type writer func(line []byte)
+
+func (w writer) Write(line []byte) (int, error) {
+	w(line)
+	return len(line), nil
 }
