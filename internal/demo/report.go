@@ -25,9 +25,7 @@ func (s *story) writeReport(res *Result) error {
 		Cut: "The cut of step 11.", Gantt: s.gantt(),
 	}
 	for _, st := range res.Steps {
-		if !st.NotThere {
-			page.Steps = append(page.Steps, report.Step{N: st.N, Name: st.Name, OK: st.OK, Seconds: st.Seconds, Facts: report.Facts(st.Facts), Error: st.Error})
-		}
+		page.Steps = append(page.Steps, report.Step{N: st.N, Name: st.Name, OK: st.OK, Seconds: st.Seconds, Facts: report.Facts(st.Facts), Error: st.Error})
 	}
 	b, err := json.MarshalIndent(s.data(*res, page), "", " ")
 	if err != nil {

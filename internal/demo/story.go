@@ -17,7 +17,7 @@ import (
 	"cleancut/internal/load"
 )
 
-// chapter is one step to play; without run it is announced as not there yet.
+// chapter is one step to play.
 type chapter struct {
 	n    int
 	name string
@@ -44,7 +44,7 @@ func (s *story) chapters() []chapter {
 		{16, "every acknowledged row, nothing uncommitted, sums agree", s.judge},
 		{17, "verify at level full", s.verify},
 		{18, "pg_dumpall from the copy restores, counts agree", s.dump},
-		{19, "two throwaway clones", nil},
+		{19, "two throwaway clones, one of them masked", s.clones},
 		{20, "shipped WAL applied up to marker 3; standby promoted", s.shippedWAL},
 		{21, "production's figures over the whole run", s.figures},
 		{22, "everything removed, nothing left behind", s.removeAll},
