@@ -15,8 +15,7 @@ import (
 const ec2Deadline = 30 * time.Second
 
 func (a *app) backupCommand() *cobra.Command {
-	var o flow.BackupOptions
-	var mode, checkpoint string
+	var options func() (flow.BackupOptions, error)
 	c := &cobra.Command{
 		Use: "backup", GroupID: "main", Args: exactly(0, ""),
 		Short: "Take one backup",
@@ -41,31 +40,14 @@ happens to this command; then the backup is void (exit 3) and its snapshots
 are deleted.`,
 		Example: "  cleancut backup\n  cleancut backup --json --deadline 5s",
 		RunE: func(c *cobra.Command, _ []string) error {
-			var err error
-			if o.Mode, err = backupMode(mode); err != nil {
-				return err
-			}
-			switch {
-			case checkpoint != "spread" && checkpoint != "fast":
-				return fmt.Errorf("%w: --checkpoint %q: spread or fast", backup.ErrUsage, checkpoint)
-			case c.Flags().Changed("checkpoint") && o.Mode != backup.ModeBracketed:
-				return fmt.Errorf("%w: --checkpoint goes with --mode bracketed: the other modes have none", backup.ErrUsage)
-			}
-			o.FastCheckpoint = checkpoint == "fast"
-			if o.Deadline <= 0 || o.Quick <= 0 || o.Rounds < 1 {
-				return fmt.Errorf("%w: --deadline, --max-sync and --sync-rounds must be above zero", backup.ErrUsage)
-			}
-			if s, err := a.settings(); err == nil && s.cluster.Provider == "local" && o.Mode == backup.ModeGroup {
-				return backup.Hint(fmt.Errorf("%w: mode group: the local provider cannot cut several volumes at one instant by itself", backup.ErrUsage), "use --mode freeze")
-			}
-			f, s, err := a.flow(c.Context())
+			o, err := options()
 			if err != nil {
 				return err
 			}
-			if s.cluster.Provider == "ec2" && !c.Flags().Changed("deadline") {
-				o.Deadline = ec2Deadline
+			f, _, err := a.flow(c.Context())
+			if err != nil {
+				return err
 			}
-			o.Target, o.KeepAway = s.target(), s.keepAway()
 			m, err := f.Backup(c.Context(), o)
 			if err != nil {
 				return err
@@ -86,9 +68,44 @@ are deleted.`,
 			})
 		},
 	}
+	options = a.backupFlags(c)
+	return c
+}
+
+// backupFlags are those of all commands that take a backup. read checks them
+// and adds what the configuration says.
+func (a *app) backupFlags(c *cobra.Command) (read func() (flow.BackupOptions, error)) {
+	var o flow.BackupOptions
+	var mode, checkpoint string
 	cutFlags(c, &o, &mode)
 	c.Flags().StringVar(&checkpoint, "checkpoint", "spread", "with --mode bracketed: spread or fast")
-	return c
+	return func() (_ flow.BackupOptions, err error) {
+		if o.Mode, err = backupMode(mode); err != nil {
+			return o, err
+		}
+		switch {
+		case checkpoint != "spread" && checkpoint != "fast":
+			return o, fmt.Errorf("%w: --checkpoint %q: spread or fast", backup.ErrUsage, checkpoint)
+		case c.Flags().Changed("checkpoint") && o.Mode != backup.ModeBracketed:
+			return o, fmt.Errorf("%w: --checkpoint goes with --mode bracketed: the other modes have none", backup.ErrUsage)
+		}
+		o.FastCheckpoint = checkpoint == "fast"
+		if o.Deadline <= 0 || o.Quick <= 0 || o.Rounds < 1 {
+			return o, fmt.Errorf("%w: --deadline, --max-sync and --sync-rounds must be above zero", backup.ErrUsage)
+		}
+		s, err := a.settings()
+		if err != nil {
+			return o, err
+		}
+		if s.cluster.Provider == "local" && o.Mode == backup.ModeGroup {
+			return o, backup.Hint(fmt.Errorf("%w: mode group: the local provider cannot cut several volumes at one instant by itself", backup.ErrUsage), "use --mode freeze")
+		}
+		if s.cluster.Provider == "ec2" && !c.Flags().Changed("deadline") {
+			o.Deadline = ec2Deadline
+		}
+		o.Target, o.KeepAway = s.target(), s.keepAway()
+		return o, nil
+	}
 }
 
 func cutFlags(c *cobra.Command, o *flow.BackupOptions, mode *string) {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -31,9 +30,7 @@ type pruneResult struct {
 	DryRun  bool             `json:"dry_run"`
 	OK      bool             `json:"ok"`
 	Rules   backup.Retention `json:"rules"`
-	Keep    []backup.Choice  `json:"keep"`
-	Remove  []flow.Pruned    `json:"remove"`
-	WAL     *flow.PrunedWAL  `json:"wal"` // null: the catalog has no WAL
+	flow.PruneResult
 }
 
 func (a *app) pruneCommand() *cobra.Command {
@@ -68,26 +65,11 @@ cannot be told keeps WAL, and the plan says why.`,
 			if err != nil {
 				return err
 			}
-			plan, err := f.PlanPrune(c.Context(), rules, window)
-			if err != nil {
+			done, err := f.PruneByRules(c.Context(), rules, window, dry)
+			if done.Keep == nil { // there is not even a plan
 				return err
 			}
-			res := pruneResult{Cluster: f.Cluster, DryRun: dry, Rules: rules, Keep: append([]backup.Choice{}, plan.Keep...), Remove: []flow.Pruned{}}
-			if dry {
-				for _, r := range plan.Remove {
-					res.Remove = append(res.Remove, flow.Pruned{Choice: r})
-				}
-				if plan.WAL != nil {
-					res.WAL = &flow.PrunedWAL{Plan: *plan.WAL}
-				}
-			} else {
-				res.Remove, err = f.Prune(c.Context(), plan.Remove)
-				var failed error
-				if c.Context().Err() == nil {
-					res.WAL, failed = f.PruneWAL(c.Context(), window)
-				}
-				err = errors.Join(err, failed)
-			}
+			res := pruneResult{Cluster: f.Cluster, DryRun: dry, Rules: rules, PruneResult: done}
 			res.OK = err == nil
 			if perr := a.print(res, func() { a.pruneText(res) }); err == nil {
 				err = perr
@@ -165,8 +147,8 @@ func promised(c *cobra.Command, s settings) (window backup.Span, err error) {
 			return 0, fmt.Errorf("%s: %w", variable(windowFlag), err)
 		}
 	}
-	if f := c.Flags().Lookup(windowFlag); f.Changed {
-		if window, err = backup.ParseSpan(f.Value.String()); err != nil {
+	if c.Flags().Changed(windowFlag) {
+		if window, err = backup.ParseSpan(c.Flags().Lookup(windowFlag).Value.String()); err != nil {
 			return 0, fmt.Errorf("--%s: %w", windowFlag, err)
 		}
 	}

@@ -44,6 +44,40 @@ func (f *Flow) PlanPrune(ctx context.Context, rules backup.Retention, window bac
 	return p, nil
 }
 
+// PruneResult is what became of every backup and of the WAL.
+type PruneResult struct {
+	Keep   []backup.Choice `json:"keep"`
+	Remove []Pruned        `json:"remove"`
+	WAL    *PrunedWAL      `json:"wal"` // null: the catalog has no WAL
+}
+
+// PruneByRules plans, and unless it is a dry run deletes: the backups as Prune
+// does, then the WAL as PruneWAL does, also where a backup could not be deleted.
+// Without a plan Keep is nil and nothing was deleted.
+func (f *Flow) PruneByRules(ctx context.Context, rules backup.Retention, window backup.Span, dry bool) (res PruneResult, err error) {
+	plan, err := f.PlanPrune(ctx, rules, window)
+	if err != nil {
+		return res, err
+	}
+	res.Keep, res.Remove = append([]backup.Choice{}, plan.Keep...), []Pruned{}
+	if dry {
+		for _, r := range plan.Remove {
+			res.Remove = append(res.Remove, Pruned{Choice: r})
+		}
+		if plan.WAL != nil {
+			res.WAL = &PrunedWAL{Plan: *plan.WAL}
+		}
+		return res, nil
+	}
+	res.Remove, err = f.Prune(ctx, plan.Remove)
+	if ctx.Err() == nil {
+		var failed error
+		res.WAL, failed = f.PruneWAL(ctx, window)
+		err = errors.Join(err, failed)
+	}
+	return res, err
+}
+
 // walFacts gathers what the retention of WAL is decided by. The WAL is listed
 // before the backups: one that is made meanwhile is among them.
 func (f *Flow) walFacts(ctx context.Context, window backup.Span) (facts wal.Facts, any bool, err error) {
