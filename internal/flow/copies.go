@@ -22,6 +22,9 @@ type RestoreOptions struct {
 	Root    string // folder of the copy; empty: a folder of our own below the state folder
 	Purpose backup.Purpose
 	Recovery
+	// Listen is the ADDRESS:PORT that the copy's gate is going to be opened at
+	// (postgres.Instance.OpenGate), which lets nobody in before; "": none.
+	Listen string
 	// AllowTorn restores what the drill cut without protection. No command sets it.
 	AllowTorn bool
 	// CrashOnly leaves to a bracketed backup nothing but its images, as if they
@@ -49,6 +52,11 @@ type Restored struct {
 // error everything of it is removed again. The returned release gives up the
 // lock on the copy; the copy stays.
 func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, release func(), err error) {
+	if o.Listen != "" {
+		if err := postgres.CheckListen(o.Listen); err != nil {
+			return r, nil, err
+		}
+	}
 	entry, err := f.Catalog.Backup(ctx, o.ID)
 	if err != nil {
 		return r, nil, err
@@ -94,7 +102,7 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	}
 	r = Restored{Manifest: m, Installation: inst}
 	r.Copy, r.Instance, err = restore.Run(ctx, f.Provider, restore.Options{Manifest: m, Digest: entry.Complete.Digest, Copy: c, Installation: inst,
-		Segment: f.segment(m), Archive: beyond, Standby: f.standby(seed, c), NewTimeline: o.production != nil, Settings: productionSettings(m, o.production), Save: f.State.PutCopy, Progress: f.tell})
+		Segment: f.segment(m), Archive: beyond, Standby: f.standby(seed, c), NewTimeline: o.production != nil, Settings: productionSettings(m, o.production), Listen: o.Listen, Program: f.Program, Save: f.State.PutCopy, Progress: f.tell})
 	if err != nil {
 		if o.failed != nil {
 			o.failed(ctx, r.Copy, err)

@@ -23,6 +23,7 @@ type rule struct {
 	since       int    // first major version that knows the name, 0 for all
 	until       int    // last one, 0 for all
 	library     string // only where it is preloaded
+	layer       Layer
 	danger      string
 	source      string
 }
@@ -32,28 +33,28 @@ type rule struct {
 // ALTER SYSTEM (config.sgml, 20.1.4).
 func rules() []rule {
 	return []rule{
-		{name: "archive_mode", value: "off", danger: "same-named WAL segments in production's archive", source: "pgBackRest --archive-mode=off; an empty command alone would pile WAL up"},
-		{name: "archive_command", value: "", danger: "the same, should somebody switch archive_mode on", source: "pgarch.c"},
-		{name: "archive_library", value: "", since: 15, danger: "the same through a library", source: "pgarch.c, 15+"},
-		{name: "restore_command", value: "", danger: "scripts that move or delete in the archive", source: "xlogarchive.c"},
-		{name: "archive_cleanup_command", value: "", danger: "deletes from production's archive", source: "xlogarchive.c"},
-		{name: "recovery_end_command", value: "", danger: "promotion scripts: move an address, call a cluster manager", source: "xlogarchive.c"},
-		{name: "promote_trigger_file", value: "", until: 15, danger: "a file of production's promotes the copy", source: "gone in 16"},
-		{name: "primary_conninfo", value: "", danger: "connects to production as a standby", source: "walreceiver.c"},
-		{name: "primary_slot_name", value: "", danger: "takes the real standby's slot", source: "walreceiver.c"},
-		{name: "synchronous_standby_names", value: "", danger: "every commit of the copy waits for ever", source: "syncrep.c"},
-		{name: "sync_replication_slots", value: "off", since: 17, danger: "connects to production to copy its slots", source: "slotsync.c, 17+"},
-		{name: "max_logical_replication_workers", value: "0", danger: "subscriptions consume production's changes through the same slots", source: "launcher.c returns early at 0; hackers 2025-08"},
-		{name: "listen_addresses", value: "", danger: "clients or poolers reach the copy", source: "postmaster.c"},
-		{name: "unix_socket_permissions", value: "0700", danger: "other users of the host reach the copy", source: "pqcomm.c"},
-		{name: "unix_socket_group", value: "", danger: "the same", source: "pqcomm.c"},
-		{name: "bonjour", value: "off", danger: "announces the copy on the network", source: "postmaster.c"},
+		{name: "archive_mode", layer: layerArchiving, value: "off", danger: "same-named WAL segments in production's archive", source: "pgBackRest --archive-mode=off; an empty command alone would pile WAL up"},
+		{name: "archive_command", layer: layerArchiving, value: "", danger: "the same, should somebody switch archive_mode on", source: "pgarch.c"},
+		{name: "archive_library", layer: layerArchiving, value: "", since: 15, danger: "the same through a library", source: "pgarch.c, 15+"},
+		{name: "restore_command", layer: layerRecovery, value: "", danger: "scripts that move or delete in the archive", source: "xlogarchive.c"},
+		{name: "archive_cleanup_command", layer: layerRecovery, value: "", danger: "deletes from production's archive", source: "xlogarchive.c"},
+		{name: "recovery_end_command", layer: layerRecovery, value: "", danger: "promotion scripts: move an address, call a cluster manager", source: "xlogarchive.c"},
+		{name: "promote_trigger_file", layer: layerRecovery, value: "", until: 15, danger: "a file of production's promotes the copy", source: "gone in 16"},
+		{name: "primary_conninfo", layer: layerFollowing, value: "", danger: "connects to production as a standby", source: "walreceiver.c"},
+		{name: "primary_slot_name", layer: layerFollowing, value: "", danger: "takes the real standby's slot", source: "walreceiver.c"},
+		{name: "synchronous_standby_names", layer: layerSynchronous, value: "", danger: "every commit of the copy waits for ever", source: "syncrep.c"},
+		{name: "sync_replication_slots", layer: layerFollowing, value: "off", since: 17, danger: "connects to production to copy its slots", source: "slotsync.c, 17+"},
+		{name: "max_logical_replication_workers", layer: layerSubscriptions, value: "0", danger: "subscriptions consume production's changes through the same slots", source: "launcher.c returns early at 0; hackers 2025-08"},
+		{name: "listen_addresses", layer: layerListening, value: "", danger: "clients or poolers reach the copy", source: "postmaster.c"},
+		{name: "unix_socket_permissions", layer: layerClosed, value: "0700", danger: "other users of the host reach the copy", source: "pqcomm.c"},
+		{name: "unix_socket_group", layer: layerClosed, value: "", danger: "the same", source: "pqcomm.c"},
+		{name: "bonjour", layer: layerListening, value: "off", danger: "announces the copy on the network", source: "postmaster.c"},
 		{name: "ssl", value: "off", danger: "needs key files that lie outside", source: "be-secure-openssl.c"},
-		{name: "cluster_name", value: "cleancut copy", danger: "a process list or a monitoring takes the copy for production", source: "ps_status.c"},
-		{name: "logging_collector", value: "off", danger: "writes into production's log directory", source: "syslogger.c"},
-		{name: "log_destination", value: "stderr", danger: "syslog lines under production's name", source: "elog.c"},
-		{name: "syslog_ident", value: "cleancut-copy", danger: "the same", source: "elog.c"},
-		{name: "event_triggers", value: "off", since: 17, danger: "login and DDL triggers with effects outside", source: "event_trigger.c, 17+"},
+		{name: "cluster_name", layer: layerIdentity, value: "cleancut copy", danger: "a process list or a monitoring takes the copy for production", source: "ps_status.c"},
+		{name: "logging_collector", layer: layerFiles, value: "off", danger: "writes into production's log directory", source: "syslogger.c"},
+		{name: "log_destination", layer: layerFiles, value: "stderr", danger: "syslog lines under production's name", source: "elog.c"},
+		{name: "syslog_ident", layer: layerIdentity, value: "cleancut-copy", danger: "the same", source: "elog.c"},
+		{name: "event_triggers", layer: layerTriggers, value: "off", since: 17, danger: "login and DDL triggers with effects outside", source: "event_trigger.c, 17+"},
 		{name: "huge_pages", value: "off", danger: "takes the huge pages that were set aside for production", source: "sysv_shmem.c"},
 		{name: "lc_messages", value: "C", danger: "a log that cleancut cannot read", source: "elog.c"},
 		{name: "log_line_prefix", value: "%m [%p] ", danger: "the same", source: "elog.c"},
@@ -61,11 +62,11 @@ func rules() []rule {
 		{name: "hot_standby", value: "on", danger: "no answer while archive recovery runs", source: "postmaster.c"},
 		{name: "wal_level", value: "replica", danger: "minimal refuses max_wal_senders and archive recovery", source: "postmaster.c"},
 		{name: "recovery_init_sync_method", value: "syncfs", since: 14, danger: "opens and syncs every file before redo: hours on lazily loaded volumes", source: "SyncDataDirectory, 14+"},
-		{name: "cron.launch_active_jobs", value: "off", library: "pg_cron", danger: "production's jobs run on the copy", source: "pg_cron 1.6"},
-		{name: "timescaledb.max_background_workers", value: "0", library: "timescaledb", danger: "production's jobs and policies run on the copy", source: "timescaledb loader"},
-		{name: "timescaledb.telemetry_level", value: "off", library: "timescaledb", danger: "reports to the outside", source: "timescaledb"},
-		{name: "citus.recover_2pc_interval", value: "-1", library: "citus", danger: "settles prepared transactions on production's workers", source: "citus maintenance daemon"},
-		{name: "citus.enable_statistics_collection", value: "off", library: "citus", danger: "reports to the outside", source: "citus"},
+		{name: "cron.launch_active_jobs", layer: layerLibraries, value: "off", library: "pg_cron", danger: "production's jobs run on the copy", source: "pg_cron 1.6"},
+		{name: "timescaledb.max_background_workers", layer: layerLibraries, value: "0", library: "timescaledb", danger: "production's jobs and policies run on the copy", source: "timescaledb loader"},
+		{name: "timescaledb.telemetry_level", layer: layerLibraries, value: "off", library: "timescaledb", danger: "reports to the outside", source: "timescaledb"},
+		{name: "citus.recover_2pc_interval", layer: layerLibraries, value: "-1", library: "citus", danger: "settles prepared transactions on production's workers", source: "citus maintenance daemon"},
+		{name: "citus.enable_statistics_collection", layer: layerLibraries, value: "off", library: "citus", danger: "reports to the outside", source: "citus"},
 	}
 }
 
@@ -121,26 +122,18 @@ func PreloadLibraries(production string) (keep, dropped []string) {
 // archive recovery refuses to run with less than it names
 // (CheckRequiredParameterValues).
 func Isolation(c Copy, control Control) []Setting {
-	keep, _ := PreloadLibraries(c.Server.Settings["shared_preload_libraries"])
+	keep, dropped := PreloadLibraries(c.Server.Settings["shared_preload_libraries"])
+	if c.without.has(layerLibraries) {
+		keep = append(keep, dropped...)
+	}
 	major := c.Server.Major()
 	var out []Setting
-	for _, r := range rules() {
-		if major < r.since || (r.until != 0 && major > r.until) || (r.library != "" && !slices.Contains(keep, r.library)) {
+	for _, r := range append(rules(), c.places(keep)...) {
+		if c.without.has(r.layer) || major < r.since || (r.until != 0 && major > r.until) || (r.library != "" && !slices.Contains(keep, r.library)) {
 			continue
 		}
 		out = append(out, Setting{r.name, r.value, r.danger, r.source})
 	}
-	private := c.privateDir()
-	out = append(out, []Setting{
-		{"config_file", filepath.Join(private, "postgresql.conf"), "production's configuration, with absolute paths", "guc.c, SelectConfigFiles"},
-		{"hba_file", filepath.Join(private, "pg_hba.conf"), "production's clients are let in", "guc.c"},
-		{"ident_file", filepath.Join(private, "pg_ident.conf"), "the same", "guc.c"},
-		{"unix_socket_directories", private, "production's socket is replaced", "pqcomm.c"},
-		{"port", strconv.Itoa(c.Standby.port()), "the same", "pqcomm.c"},
-		{"external_pid_file", filepath.Join(private, "external.pid"), "production's pid file is replaced", "postmaster.c; empty is no name to it"},
-		{"log_directory", filepath.Join(private, "log"), "logs in production's directory", "syslogger.c"},
-		{"shared_preload_libraries", quoteList(keep), "background workers that act by themselves", "table workers"},
-	}...)
 	for _, m := range []struct {
 		name string
 		has  int
@@ -167,6 +160,9 @@ func Isolation(c Copy, control Control) []Setting {
 	if c.NoFsync {
 		out = append(out, Setting{"fsync", "off", "slow", "option: the copy is thrown away"})
 	}
+	if host := c.address(); host != "" {
+		out = append(out, Setting{"listen_addresses", host, "", "asked for"})
+	}
 	settings := maps.Clone(c.Settings)
 	if c.Standby != nil {
 		settings = c.Standby.settings()
@@ -176,6 +172,22 @@ func Isolation(c Copy, control Control) []Setting {
 		out = append(out, Setting{name, settings[name], "", "asked for"})
 	}
 	return out
+}
+
+// places are the rules whose values lie below the copy's root. keep is what it
+// preloads.
+func (c Copy) places(keep []string) []rule {
+	private := c.privateDir()
+	return []rule{
+		{name: "config_file", layer: layerConfiguration, value: filepath.Join(private, "postgresql.conf"), danger: "production's configuration, with absolute paths", source: "guc.c, SelectConfigFiles"},
+		{name: "hba_file", layer: layerConfiguration, value: filepath.Join(private, "pg_hba.conf"), danger: "production's clients are let in", source: "guc.c"},
+		{name: "ident_file", layer: layerConfiguration, value: filepath.Join(private, "pg_ident.conf"), danger: "the same", source: "guc.c"},
+		{name: "unix_socket_directories", layer: layerSockets, value: private, danger: "production's socket is replaced", source: "pqcomm.c"},
+		{name: "port", layer: layerSockets, value: strconv.Itoa(c.port()), danger: "the same", source: "pqcomm.c"},
+		{name: "external_pid_file", layer: layerFiles, value: filepath.Join(private, "external.pid"), danger: "production's pid file is replaced", source: "postmaster.c; empty is no name to it"},
+		{name: "log_directory", layer: layerFiles, value: filepath.Join(private, "log"), danger: "logs in production's directory", source: "syslogger.c"},
+		{name: "shared_preload_libraries", value: quoteList(keep), danger: "background workers that act by themselves", source: "table workers"},
+	}
 }
 
 // quoteList writes names as a list setting takes them (SplitDirectoriesString).

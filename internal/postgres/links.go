@@ -58,6 +58,9 @@ func (c *image) rewriteLinks(context.Context) error {
 	if err != nil {
 		return err
 	}
+	if c.plan.without.has(layerLinks) {
+		return nil
+	}
 	var moves []move
 	for _, link := range c.placeLinks() {
 		if strings.HasSuffix(link, ".tmp") { // of a run that was killed
@@ -201,6 +204,9 @@ type stray struct {
 // configuration: the copy has its own), and noted in Root/.cleancut; one that
 // should hold data is an error.
 func (c *image) verifyLinks(ctx context.Context) error {
+	if c.plan.without.has(layerLinks) {
+		return nil
+	}
 	var gone []stray
 	check := func(r *os.Root, top string) error {
 		return filepath.WalkDir(top, func(path string, e fs.DirEntry, err error) error {

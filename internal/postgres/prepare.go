@@ -38,6 +38,8 @@ type Plan struct {
 	Archive bool
 	// Standby makes a standby of the copy (standby.signal); nil: none.
 	Standby *Standby
+
+	without without
 }
 
 // Prepare turns the image of a data directory, with its WAL and tablespaces
@@ -179,6 +181,10 @@ func (c *image) check(context.Context) error {
 
 // makePrivate makes Root/.cleancut, which must not be a link.
 func (c *image) makePrivate(context.Context) error {
+	mode := fs.FileMode(0o700)
+	if c.plan.without.has(layerClosed) {
+		mode = 0o755
+	}
 	for _, dir := range []string{Private, Private + "/log", Private + "/tmp"} {
 		if err := c.root.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
@@ -190,7 +196,7 @@ func (c *image) makePrivate(context.Context) error {
 		if !info.IsDir() {
 			return fmt.Errorf("%s is no directory: %w", filepath.Join(c.rootPath, dir), backup.ErrUnsupported)
 		}
-		if err := errors.Join(c.root.Lchown(dir, c.uid, c.gid), c.root.Chmod(dir, 0o700)); err != nil {
+		if err := errors.Join(c.root.Lchown(dir, c.uid, c.gid), c.root.Chmod(dir, mode)); err != nil {
 			return err
 		}
 	}
@@ -218,6 +224,9 @@ func removed() []string {
 
 func (c *image) discard(ctx context.Context) error {
 	for _, name := range removed() {
+		if c.plan.without.has(layerSignals) && strings.HasSuffix(name, ".signal") {
+			continue
+		}
 		if c.placed() && (name == c.signal() || name == "tablespace_map") { // ours, of an earlier run
 			continue
 		}
@@ -229,6 +238,9 @@ func (c *image) discard(ctx context.Context) error {
 		return err
 	}
 	for _, name := range emptied() {
+		if c.plan.without.has(layerSlots) && name == "pg_replslot" {
+			continue
+		}
 		if err := c.empty(name); err != nil {
 			return err
 		}
@@ -346,6 +358,9 @@ func (c *image) removeTemporary(ctx context.Context, top string) error {
 // emptyAutoConf: what ALTER SYSTEM set on production does not reach the copy.
 // A production file kept by an earlier run is not overwritten by ours.
 func (c *image) emptyAutoConf(context.Context) error {
+	if c.plan.without.has(layerConfiguration) {
+		return nil
+	}
 	const auto, keptAs, mark = "postgresql.auto.conf", "postgresql.auto.conf.production", Private + "/autoconf-kept"
 	if _, err := c.root.Lstat(mark); errors.Is(err, fs.ErrNotExist) {
 		if err := c.data.Rename(auto, keptAs); err != nil && !errors.Is(err, fs.ErrNotExist) {

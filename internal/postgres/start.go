@@ -38,9 +38,43 @@ type Copy struct {
 	// Root, /dev and /proc is read-only, see confine; a process that is not root
 	// cannot.
 	Unconfined bool
+	// Networked leaves the server in the host's network: for a standby, and for
+	// what takes production's place. By default it has a network namespace of its
+	// own, with nothing but a loopback interface, where the kernel allows one;
+	// Instance.NetworkIsolated tells.
+	Networked bool
+	// Listen is the ADDRESS:PORT at which clients are to reach the copy, see
+	// CheckListen; "": only the socket. Nobody is let in there before OpenGate.
+	// A Standby has its own.
+	Listen  string
+	Program string // cleancut itself, for OpenGate; "": the running program
+
+	network *os.File // its namespace, nil for the host's
+	without without
 }
 
 func (c Copy) privateDir() string { return filepath.Join(c.Root, Private) }
+
+// address is what the server itself listens on for Listen: in a namespace of
+// its own nobody else can reach that.
+func (c Copy) address() string {
+	host, _, err := Standby{Listen: c.Listen}.address()
+	switch {
+	case c.Listen == "" || err != nil:
+		return ""
+	case c.network != nil:
+		return "127.0.0.1"
+	}
+	return host
+}
+
+// port is what the server's socket is named by.
+func (c Copy) port() int {
+	if c.Listen != "" && c.network == nil {
+		return (&Standby{Listen: c.Listen}).port()
+	}
+	return c.Standby.port()
+}
 
 // Instance is a copy's server, running as the owner of its data directory.
 // Whoever reaches the socket (that owner and root) is let in as any role.
@@ -53,7 +87,12 @@ type Instance struct {
 	Superuser     string // role to connect as
 	Installation  Installation
 	UID, GID      uint32
-	cold          bool // it takes no connections during recovery (hot_standby is off)
+	// NetworkIsolated: the server has a network namespace of its own.
+	// NetworkNote says why not, where it was meant to; Open does not know that.
+	NetworkIsolated bool
+	NetworkNote     string
+	Program         string // see Copy
+	cold            bool   // it takes no connections during recovery (hot_standby is off)
 
 	// EndOfRecovery is the end of the last WAL record that was replayed: what
 	// lies before it is in the copy. It is pg_last_wal_replay_lsn(), which keeps
@@ -88,10 +127,16 @@ type instanceFile struct {
 // killed and gone before Start returns. A server already running in the data
 // directory gives ErrInUse; another major version than the data's ErrUnsupported.
 func Start(ctx context.Context, c Copy) (_ *Instance, err error) {
+	note, err := c.isolateNetwork()
+	if err != nil {
+		return nil, fmt.Errorf("start the copy in %s: %w", c.Root, err)
+	}
+	defer func() { _ = c.network.Close() }() // of nil: an error that nobody needs
 	inst, settings, err := c.instance()
 	if err != nil {
 		return nil, fmt.Errorf("start the copy in %s: %w", c.Root, err)
 	}
+	inst.NetworkNote = note
 	log, offset, err := inst.openLog()
 	if err != nil {
 		return nil, fmt.Errorf("start the copy in %s: %w", c.Root, err)
@@ -124,6 +169,20 @@ func Start(ctx context.Context, c Copy) (_ *Instance, err error) {
 	return inst, nil
 }
 
+// isolateNetwork makes the copy's network namespace, unless it is to have none.
+func (c *Copy) isolateNetwork() (whyNot string, err error) {
+	if c.Listen != "" {
+		if err := CheckListen(c.Listen); err != nil {
+			return "", err
+		}
+	}
+	if c.Networked || c.without.has(layerNetwork) {
+		return "", nil
+	}
+	c.network, whyNot, err = newNetwork()
+	return whyNot, err
+}
+
 // instance checks what can be checked before the program runs.
 func (c *Copy) instance() (*Instance, []Setting, error) {
 	var err error
@@ -150,7 +209,7 @@ func (c *Copy) instance() (*Instance, []Setting, error) {
 	if _, err := os.Stat(filepath.Join(c.privateDir(), "pg_hba.conf")); err != nil {
 		return nil, nil, fmt.Errorf("the copy was not prepared: %w", err)
 	}
-	socket := filepath.Join(c.privateDir(), fmt.Sprintf(".s.PGSQL.%d", c.Standby.port()))
+	socket := filepath.Join(c.privateDir(), fmt.Sprintf(".s.PGSQL.%d", c.port()))
 	if len(socket) > socketLimit {
 		return nil, nil, backup.Hint(fmt.Errorf("%w: the socket's path %s is longer than %d bytes", backup.ErrUsage, socket, socketLimit), "choose a shorter folder for the copy")
 	}
@@ -169,7 +228,7 @@ func (c *Copy) instance() (*Instance, []Setting, error) {
 		return nil, nil, fmt.Errorf("%s belongs to root, as whom PostgreSQL does not run: %w", c.Data, backup.ErrUnsupported)
 	}
 	inst := &Instance{
-		Root: c.Root, DataDirectory: c.Data, SocketDir: c.privateDir(), Port: c.Standby.port(), standby: c.Standby != nil, cold: c.Settings["hot_standby"] == "off",
+		Root: c.Root, DataDirectory: c.Data, SocketDir: c.privateDir(), Port: c.port(), Program: c.Program, standby: c.Standby != nil, cold: c.Settings["hot_standby"] == "off",
 		Superuser: c.Server.Superuser, Installation: c.Installation, UID: uid, GID: gid,
 	}
 	if inst.Superuser == "" {
@@ -259,18 +318,19 @@ func (i *Instance) launch(ctx context.Context, c Copy, settings []Setting, log *
 	}
 	err = onThread(func() error {
 		guard := mayRunUnconfined
-		if !c.Unconfined && os.Geteuid() == 0 {
+		if !c.Unconfined && !c.without.has(layerMounts) && os.Geteuid() == 0 {
 			guard = confine
 		}
-		if err := guard(i, moves); err != nil {
+		if err := errors.Join(enterNetwork(c.network), guard(i, moves)); err != nil {
 			return err
 		}
-		return cmd.Start() // the child inherits this thread's mount namespace
+		return cmd.Start() // the child inherits this thread's namespaces
 	})
 	if err != nil {
 		return nil, err
 	}
 	i.PID = cmd.Process.Pid
+	i.NetworkIsolated = c.network != nil
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }() // reaps it, also long after Start returned
 	return ended, nil

@@ -48,6 +48,7 @@ func Open(ctx context.Context, root string) (*Instance, error) {
 	if i.UID, i.GID, err = owner(f.Data); err != nil {
 		return nil, fmt.Errorf("open the copy in %s: %w", root, err)
 	}
+	i.NetworkIsolated = apart(pid)
 	if err := i.await(ctx, nil, f.LogOffset); err != nil {
 		return nil, fmt.Errorf("open the copy in %s: %w", root, err)
 	}
@@ -62,8 +63,16 @@ func Open(ctx context.Context, root string) (*Instance, error) {
 // gone. A server that is gone already is no error, so Stop may be called again.
 // After five minutes, or when ctx ends, an immediate shutdown follows; that,
 // and a control file that does not say "shut down" afterwards, are errors,
-// because what verification does next needs a clean stop.
+// because what verification does next needs a clean stop. The gate of the copy
+// ends with it.
 func (i *Instance) Stop(ctx context.Context) error {
+	err := i.stop(ctx)
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), killPatience)
+	defer cancel()
+	return errors.Join(err, endGates(undo, i.Root))
+}
+
+func (i *Instance) stop(ctx context.Context) error {
 	h, err := hold(i.PID)
 	if errors.Is(err, backup.ErrNotFound) {
 		return nil
@@ -101,7 +110,7 @@ func (i *Instance) Stop(ctx context.Context) error {
 	return nil
 }
 
-// Kill ends every postgres that works below root, without a checkpoint, and
+// Kill ends the gate of the copy in root and every postgres that works below it, without a checkpoint, and
 // returns when all of them are gone: first by an immediate shutdown, then by
 // SIGKILL. For undoing; it needs no instance and none need be there. System V
 // memory of a killed server is removed, which otherwise stays for ever.
@@ -112,6 +121,9 @@ func Kill(ctx context.Context, root string) error {
 	}
 	if err != nil {
 		return fmt.Errorf("kill the copy: %w", err)
+	}
+	if err := endGates(ctx, root); err != nil {
+		return err
 	}
 	shared := map[int]uint32{}
 	noteShared(shared, root)

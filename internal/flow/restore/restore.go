@@ -71,6 +71,10 @@ type Options struct {
 	Archive  *Archive          // nil: recovery needs nothing beyond the backup
 	Standby  *Standby          // nil: none; never together with Archive
 	Settings map[string]string // more for the copy's server, beating all others; may be nil
+	// Listen is the ADDRESS:PORT that the copy's gate is going to be opened at;
+	// "": none. Program is cleancut itself, which plays it.
+	Listen  string
+	Program string
 	// NewTimeline lets recovery end on a timeline of its own in any case, also
 	// of an atomic cut without an archive.
 	NewTimeline bool
@@ -141,6 +145,9 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 	if err != nil {
 		return nil, err
 	}
+	if instance.NetworkNote != "" {
+		o.Progress("network", "NOT isolated, the copy's server shares the host's network: "+instance.NetworkNote)
+	}
 	c.SocketDir, c.Port, c.Superuser = instance.SocketDir, instance.Port, instance.Superuser
 	c.EndOfRecovery, c.FirstQuery = instance.EndOfRecovery, instance.FirstQuery.Seconds()
 	c.Answered = time.Since(c.Created).Seconds()
@@ -153,7 +160,8 @@ func start(ctx context.Context, o Options, c *backup.Copy) (*postgres.Instance, 
 	if o.Standby != nil {
 		return Follow(ctx, o, *c)
 	}
-	copied := postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: o.Manifest.Server, Installation: o.Installation}
+	copied := postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: o.Manifest.Server, Installation: o.Installation,
+		Networked: o.Copy.Purpose == backup.ForProduction, Listen: o.Listen, Program: o.Program}
 	if o.Archive == nil {
 		copied.Settings = with(recovery(o.Manifest, o.NewTimeline), o.Settings)
 		instance, err := postgres.Start(ctx, copied)

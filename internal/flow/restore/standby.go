@@ -68,7 +68,8 @@ func Follow(ctx context.Context, o Options, c backup.Copy) (_ *postgres.Instance
 		}
 	}
 	_, promoted := os.Stat(filepath.Join(c.DataDirectory, "standby.signal")) // gone: it was
-	instance, err := postgres.Start(ctx, postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: server, Installation: o.Installation, Standby: s.ServerOf(c)})
+	instance, err := postgres.Start(ctx, postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: server, Installation: o.Installation,
+		Standby: s.ServerOf(c), Networked: true})
 	if err != nil {
 		return nil, errors.Join(blame(ctx, c.DataDirectory, err), stop())
 	}
