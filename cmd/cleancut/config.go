@@ -32,6 +32,7 @@ type config struct {
 	Cluster   map[string]clusterConfig `toml:"cluster"`
 	Provider  providerConfig           `toml:"provider"`
 	Retention retentionConfig          `toml:"retention"`
+	Clone     cloneConfig              `toml:"clone"`
 }
 
 type clusterConfig struct {

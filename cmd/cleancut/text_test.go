@@ -86,7 +86,7 @@ func TestLogicalVolumesAreShown(t *testing.T) {
 
 func TestEveryCommandIsKnownToTheHelp(t *testing.T) {
 	out := bare(t).must(t, "--help").out
-	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "standby", "wal", "delete", "hold", "prune", "sweep", "catalog", "thaw", "demo", "drill", "ec2sim"} {
+	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "standby", "clone", "wal", "delete", "hold", "prune", "sweep", "catalog", "thaw", "demo", "drill", "ec2sim"} {
 		if !regexp.MustCompile(`(?m)^  ` + c + ` `).MatchString(out) {
 			t.Errorf("%s is not in the help", c)
 		}
@@ -128,6 +128,18 @@ func TestWrongRequestsExitWith2AndSayWhatIsWrong(t *testing.T) {
 		{"standby frobnicate", "standby|--help"},
 		{"standby nonsense --to /tmp/x", "is no backup id"},
 		{"standby promote", "wants the folder of a standby"},
+		{"clone", "clone|what to do"},
+		{"clone frobnicate", "frobnicate|what to do"},
+		{"clone create " + id, "--name"},
+		{"clone create --name qa", "id of a backup|--latest"},
+		{"clone create " + id + " --name QA", "clone name"},
+		{"clone create nonsense --name qa", "is no backup id"},
+		{"clone create " + id + " --name qa --ttl 8d", "longer than 7d|max_ttl"},
+		{"clone create " + id + " --name qa --ttl soon", "is no length of time"},
+		{"clone create " + id + " --name qa --mask /nonexistent.sql", "/nonexistent.sql"},
+		{"clone create " + id + " --name qa --to /srv/" + strings.Repeat("long", 25), "107 bytes|shorter folder"},
+		{"clone extend qa", "--ttl|--by"},
+		{"clone reap --max 0", "--max"},
 		{"verify --level everything " + id, "everything|start, rows or full"},
 		{"dump --level 99 " + id, "99|1 to 22"},
 		{"backup --mode sideways", "sideways|auto, group, freeze or bracketed"},

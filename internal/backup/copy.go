@@ -17,6 +17,7 @@ const (
 	ForVerify  Purpose = "verify"
 	ForDump    Purpose = "dump"
 	ForStandby Purpose = "standby" // stays, like ForRestore, and follows a primary
+	ForClone   Purpose = "clone"   // stays until its lease ends, see Clone
 )
 
 // Copy is a cluster made from a backup on some host. It is written to the
@@ -44,6 +45,7 @@ type Copy struct {
 	Hydrated      *Hydration       `json:"hydrated"`                       // nil: nobody read the volumes through
 	Production    *Production      `json:"production,omitempty"`           // only ForProduction
 	Standby       *Standby         `json:"standby,omitempty"`              // of ForStandby
+	Clone         *Clone           `json:"clone,omitempty"`                // of ForClone
 }
 
 // Standby is what makes a copy follow a primary.
@@ -108,7 +110,7 @@ func (c Copy) Original(inCopy string) string {
 // Stays reports whether the copy is handed over and goes only when somebody
 // asks for it.
 func (c Copy) Stays() bool {
-	return c.Ready && (c.Purpose == ForRestore || c.Purpose == ForStandby)
+	return c.Ready && (c.Purpose == ForRestore || c.Purpose == ForStandby || c.Purpose == ForClone)
 }
 
 // PrivateDir is the folder for what cleancut itself puts beside the cluster:

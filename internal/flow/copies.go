@@ -35,6 +35,12 @@ type RestoreOptions struct {
 	production *backup.Production
 
 	standby *StandbyOptions // nil: none
+	clone   *backup.Clone   // nil: none
+	// finish runs on the running copy before it is ready; an error of it
+	// removes the copy. It may be nil.
+	finish func(ctx context.Context, i *postgres.Instance, c *backup.Copy) error
+	// first writes the ledger for the first time, or refuses the copy; nil: save.
+	first func(c backup.Copy) error
 	// failed is given what stands when the restore has failed, before it is
 	// removed; it may be nil.
 	failed func(ctx context.Context, c backup.Copy, err error)
@@ -86,7 +92,7 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	if err != nil {
 		return r, nil, err
 	}
-	c := backup.Copy{ID: copyID, Backup: m.ID, Cluster: m.Cluster, Host: f.Host, Purpose: o.Purpose, Created: time.Now().UTC(), Major: m.Server.Major(), Production: o.production}
+	c := backup.Copy{ID: copyID, Backup: m.ID, Cluster: m.Cluster, Host: f.Host, Purpose: o.Purpose, Created: time.Now().UTC(), Major: m.Server.Major(), Production: o.production, Clone: o.clone}
 	release, err = f.State.Lock(lockCopy(c.ID))
 	if err != nil {
 		return r, nil, err
@@ -96,13 +102,17 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 		return r, nil, err
 	}
 	c.Standby = seed.record(c)
-	if err := f.State.PutCopy(c); err != nil {
+	if o.first == nil {
+		o.first = f.save
+	}
+	if err := o.first(c); err != nil {
+		err = errors.Join(err, f.undoCopy(ctx, c))
 		release()
-		return r, nil, errors.Join(err, os.Remove(c.Root))
+		return r, nil, err
 	}
 	r = Restored{Manifest: m, Installation: inst}
 	r.Copy, r.Instance, err = restore.Run(ctx, f.Provider, restore.Options{Manifest: m, Digest: entry.Complete.Digest, Copy: c, Installation: inst,
-		Segment: f.segment(m), Archive: beyond, Standby: f.standby(seed, c), NewTimeline: o.production != nil, Settings: productionSettings(m, o.production), Listen: o.Listen, Program: f.Program, Save: f.State.PutCopy, Progress: f.tell})
+		Segment: f.segment(m), Archive: beyond, Standby: f.standby(seed, c), NewTimeline: o.production != nil, Settings: productionSettings(m, o.production), Listen: o.Listen, Program: f.Program, Finish: o.finish, Save: f.save, Progress: f.tell})
 	if err != nil {
 		if o.failed != nil {
 			o.failed(ctx, r.Copy, err)

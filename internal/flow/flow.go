@@ -32,8 +32,8 @@ import (
 	"cleancut/internal/state"
 )
 
-// Flow holds the machines that the steps touch. All fields but Progress are
-// needed; Catalog and Provider may be nil for flows that do not use them.
+// Flow holds the machines that the steps touch. All fields but Progress and
+// Now are needed; Catalog and Provider may be nil for flows that do not use them.
 type Flow struct {
 	Provider provider.Provider
 	Catalog  *catalog.Catalog
@@ -46,6 +46,7 @@ type Flow struct {
 	BinDirs  []string // where to look for PostgreSQL's programs first
 	Log      *slog.Logger
 	Progress func(phase, detail string) // what a person is told; may be nil
+	Now      func() time.Time           // the clock of leases, and of nothing else; nil: time.Now
 }
 
 func (f *Flow) tell(phase, detail string) {

@@ -24,6 +24,7 @@ const (
 	FinishBackup ActionKind = "finish backup"
 	EndIntent    ActionKind = "end intent"
 	RemoveCopy   ActionKind = "remove copy"
+	PutBack      ActionKind = "put ledger back"
 	OnlyList     ActionKind = "leave"
 )
 
@@ -43,8 +44,9 @@ type Facts struct {
 	Intents   []backup.Intent
 	Backups   map[backup.ID]BackupState // what the catalog holds of each
 	Held      map[backup.ID]bool
-	Copies    []backup.Copy   // ledgers of this host
-	Busy      map[string]bool // locks that somebody holds
+	Copies    []backup.Copy          // ledgers of this host
+	Lost      map[backup.ID]lostCopy // copies without a ledger, proved by what lies beside them
+	Busy      map[string]bool        // locks that somebody holds
 	Inventory provider.Inventory
 }
 
@@ -114,6 +116,8 @@ func planCopies(x Facts) []Action {
 			a.Kind, a.Why = OnlyList, "was production at "+c.DataDirectory+"; its volumes are gone"
 		case c.InService():
 			a.Kind, a.Why = OnlyList, "production at "+c.DataDirectory+", restored from backup "+string(c.Backup)+": never removed"
+		case c.Stays() && c.Clone != nil:
+			a.Kind, a.Why = OnlyList, "clone "+c.Clone.Name+" at "+c.Root+", meant to stay until "+c.Clone.Expires.UTC().Format(time.RFC3339)+" (then `cleancut clone reap` ends it; before, `cleancut clone destroy "+c.Clone.Name+"`)"
 		case c.Stays():
 			what := map[backup.Purpose]string{backup.ForRestore: "a restored copy", backup.ForStandby: "a standby"}[c.Purpose]
 			a.Kind, a.Why = OnlyList, what+" at "+c.Root+", meant to stay (remove it with `cleancut restore --undo "+c.Root+"`)"
@@ -132,6 +136,11 @@ func planCopies(x Facts) []Action {
 		a := Action{Kind: RemoveCopy, Name: "copy " + id, Copy: c, Why: "its volumes are here, and this host's state knows nothing of it"}
 		if x.Busy[lockCopy(c.ID)] {
 			a.Kind, a.Why = OnlyList, "it is being made or removed"
+		} else if lost, ok := x.Lost[c.ID]; ok {
+			a.Copy, a.Why = lost.Copy, "clone "+lost.Copy.Clone.Name+" at "+lost.Copy.Root+", whose ledger is lost"
+			if lost.used {
+				a.Kind, a.Why = PutBack, a.Why+"; somebody uses it"
+			}
 		} else if name, ok := v.Tags[backup.TagStorage]; ok {
 			a.Kind, a.Why = OnlyList, a.Why+"; but they were made to take production's place: if they are not that, `cleancut storage destroy "+name+"`"
 		} else if v, ok := attachedOf(c, x.Inventory); ok {
@@ -184,9 +193,15 @@ func (f *Flow) SweepFacts(ctx context.Context) (x Facts, err error) {
 	if x.Copies, err = f.State.Copies(); err != nil {
 		return x, err
 	}
+	if x.Lost, err = f.lost(ctx, x.Inventory, x.Copies); err != nil {
+		return x, err
+	}
 	locks := []string{lockBackup(f.Cluster)}
 	for _, c := range x.Copies {
 		locks = append(locks, lockCopy(c.ID))
+	}
+	for id := range x.Lost {
+		locks = append(locks, lockCopy(id))
 	}
 	for _, name := range locks {
 		release, err := f.State.Lock(name)
@@ -257,7 +272,7 @@ func (f *Flow) Sweep(ctx context.Context, plan []Action) error {
 
 func (f *Flow) sweepOne(ctx context.Context, a Action) error {
 	name := lockBackup(f.Cluster)
-	if a.Kind == RemoveCopy {
+	if a.Kind == RemoveCopy || a.Kind == PutBack {
 		name = lockCopy(a.Copy.ID)
 	}
 	if a.Kind == OnlyList {
@@ -288,7 +303,15 @@ func (f *Flow) sweepOne(ctx context.Context, a Action) error {
 		if err := f.notInService(a.Copy.ID); err != nil {
 			return err
 		}
+		if a.Copy.Clone != nil { // its ledger may be the one that was lost
+			a.Copy.Ready = false
+			if err := f.State.PutCopy(a.Copy); err != nil {
+				return err
+			}
+		}
 		return f.takeDown(ctx, a.Copy)
+	case PutBack:
+		return f.save(a.Copy)
 	}
 	return fmt.Errorf("unknown action %q", a.Kind)
 }

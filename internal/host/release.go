@@ -159,6 +159,32 @@ func unmountAll(ctx context.Context, blocks []string) error {
 	return nil
 }
 
+// MountsOver returns the mounts of everything that stands on the given whole
+// devices: themselves, their partitions, arrays and logical volumes.
+func MountsOver(devices []string) ([]Mount, error) {
+	blocks, err := withPartitions(devices)
+	if err != nil {
+		return nil, err
+	}
+	above, err := standingOn(blocks)
+	if err != nil {
+		return nil, err
+	}
+	var out []Mount
+	for _, b := range append(above, blocks...) {
+		major, minor, err := deviceNumber(b)
+		if err != nil {
+			return nil, err
+		}
+		mounts, err := MountsOf(major, minor)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, mounts...)
+	}
+	return out, nil
+}
+
 func withPartitions(devices []string) ([]string, error) {
 	var out []string
 	for _, d := range devices {

@@ -78,8 +78,11 @@ type Options struct {
 	// NewTimeline lets recovery end on a timeline of its own in any case, also
 	// of an atomic cut without an archive.
 	NewTimeline bool
-	Save        func(backup.Copy) error // writes the ledger
-	Progress    func(phase, detail string)
+	// Finish runs when the server is up and before the copy is ready; an error
+	// of it is one of Run. nil: nothing is left to do.
+	Finish   func(ctx context.Context, i *postgres.Instance, c *backup.Copy) error
+	Save     func(backup.Copy) error // writes the ledger
+	Progress func(phase, detail string)
 }
 
 // Archive is the recovery beyond a backup.
@@ -124,6 +127,11 @@ func Run(ctx context.Context, p Provider, o Options) (backup.Copy, *postgres.Ins
 	instance, err := recoverCopy(ctx, o, &c)
 	if err != nil {
 		return c, nil, err
+	}
+	if o.Finish != nil {
+		if err := o.Finish(ctx, instance, &c); err != nil {
+			return c, nil, err
+		}
 	}
 	c.Ready = true
 	return c, instance, o.Save(c)
