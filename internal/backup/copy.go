@@ -10,13 +10,14 @@ import (
 // dead.
 type Purpose string
 
-// The purposes. Copies for verify and dump are removed by whoever made them,
+// The purposes. Copies for verify, dump and golden are removed by whoever made them,
 // or by sweep.
 const (
 	ForRestore Purpose = "restore" // stays until it is removed on request
 	ForVerify  Purpose = "verify"
 	ForDump    Purpose = "dump"
 	ForStandby Purpose = "standby" // stays, like ForRestore, and follows a primary
+	ForGolden  Purpose = "golden"  // a golden image is cut from it
 )
 
 // Copy is a cluster made from a backup on some host. It is written to the
