@@ -66,7 +66,7 @@ func TestHelpTexts(t *testing.T) {
 // `topology` shows a running cluster's.
 func TestLogicalVolumesAreShown(t *testing.T) {
 	l := bare(t)
-	manifest, err := os.ReadFile("../../internal/backup/testdata/manifest-v4-lvm.json")
+	manifest, err := os.ReadFile("../../internal/backup/testdata/manifest-v5-lvm.json")
 	if err != nil {
 		t.Fatal(err)
 	}

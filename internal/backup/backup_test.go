@@ -164,7 +164,7 @@ func TestDecodeManifestRefuses(t *testing.T) {
 			}
 		})
 	}
-	_, err = backup.DecodeManifest([]byte(`{"version": 5}`))
+	_, err = backup.DecodeManifest([]byte(`{"version": 6}`))
 	if !errors.Is(err, backup.ErrUnsupported) || backup.HintOf(err) == "" {
 		t.Errorf("newer version: got %v (hint %q), want %v with a hint", err, backup.HintOf(err), backup.ErrUnsupported)
 	}
@@ -184,6 +184,12 @@ func TestEncodeManifestWritesNothingThatCannotBeRead(t *testing.T) {
 		"no label":            func(m *backup.Manifest) { *m = bracketed(); m.Bracket.Label = nil },
 		"no WAL":              func(m *backup.Manifest) { *m = bracketed(); m.Bracket.WAL = nil },
 		"an end before":       func(m *backup.Manifest) { *m = bracketed(); m.Bracket.End = m.Bracket.StartLSN - 1 },
+		"golden, not still":   func(m *backup.Manifest) { m.Golden = golden().Golden },
+		"still, not golden":   func(m *backup.Manifest) { m.Cut.How = backup.ModeStill },
+		"golden of none":      func(m *backup.Manifest) { *m = golden(); m.Golden.Of = "" },
+		"golden, no digest":   func(m *backup.Manifest) { *m = golden(); m.Golden.Digest = "" },
+		"golden, unchecked":   func(m *backup.Manifest) { *m = golden(); m.Golden.Checks = nil },
+		"golden, damaged":     func(m *backup.Manifest) { *m = golden(); m.Golden.Checks[0].Result = backup.Failed },
 		"a number that isn't": func(m *backup.Manifest) { m.Cut.FreezeMS = math.NaN() },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -10,7 +10,7 @@ import (
 // dead.
 type Purpose string
 
-// The purposes. Copies for verify and dump are removed by whoever made them,
+// The purposes. Copies for verify, dump and golden are removed by whoever made them,
 // or by sweep.
 const (
 	ForRestore Purpose = "restore" // stays until it is removed on request
@@ -18,6 +18,7 @@ const (
 	ForDump    Purpose = "dump"
 	ForStandby Purpose = "standby" // stays, like ForRestore, and follows a primary
 	ForClone   Purpose = "clone"   // stays until its lease ends, see Clone
+	ForGolden  Purpose = "golden"  // a golden image is cut from it
 )
 
 // Copy is a cluster made from a backup on some host. It is written to the

@@ -20,7 +20,7 @@ var update = flag.Bool("update", false, "write the golden files of the present m
 // writes. When ManifestVersion rises, its golden files are added beside those
 // of the versions before, which nothing writes any more.
 func TestManifestsLookAsTheyAlwaysDid(t *testing.T) {
-	for name, m := range map[string]backup.Manifest{"raid0": raid0(), "separate": separate(), "lvm": lvm(), "bracketed": bracketed()} {
+	for name, m := range map[string]backup.Manifest{"raid0": raid0(), "separate": separate(), "lvm": lvm(), "bracketed": bracketed(), "golden": golden()} {
 		t.Run(name, func(t *testing.T) {
 			path := filepath.Join("testdata", fmt.Sprintf("manifest-v%d-%s.json", backup.ManifestVersion, name))
 			got, err := backup.EncodeManifest(m)
@@ -52,7 +52,7 @@ func TestManifestsLookAsTheyAlwaysDid(t *testing.T) {
 
 func TestEveryManifestEverWrittenIsReadable(t *testing.T) {
 	paths, err := filepath.Glob("testdata/manifest-v*.json")
-	if err != nil || len(paths) < 9 {
+	if err != nil || len(paths) < 18 {
 		t.Fatalf("golden files: got %v, %v", paths, err)
 	}
 	for _, path := range paths {
@@ -253,4 +253,50 @@ func bracketed() backup.Manifest {
 		Label: []byte("START WAL LOCATION: 1A2B/28 (file 000000070001A2B00000000)\nLABEL: Größe\n"), Map: []byte("16385 /data/fast/ts\n16386 /mnt/cold store/ts\n"),
 		Control: bytes.Repeat([]byte{0, 1, 254, 255}, 8), WAL: []string{"0000000700001A2B00000000", "0000000700001A2B00000001"}}
 	return m
+}
+
+// golden is the golden image of raid0: the same places on an array of its own.
+func golden() backup.Manifest {
+	m := raid0()
+	m.Golden = &backup.Golden{Of: m.ID, Digest: strings.Repeat("5a1e", 16), Checks: []backup.Check{
+		{Name: backup.CheckRecovered, Result: backup.Passed, Detail: "first query after 1.2 s", Seconds: 0.01},
+		{Name: "page checksums (pg_checksums)", Result: backup.CouldNotRun, Detail: "could not run: data_checksums is off", Seconds: 0},
+	}}
+	m.ID, m.Tool, m.Host, m.SideFiles = backup.GoldenID(m.ID, m.Golden.Digest), "0.2.0", "qa1.example.org", nil
+	m.Topology.Filesystems[0].Device.Array.UUID = "c71b0f2a:41d6e3b8:9a5c7d10:66e2f834"
+	m.Cut = backup.Cut{Achieved: backup.Atomic, How: backup.ModeStill, FlushLSN: 0x3_A91D_0028, SpreadMS: 0.75}
+	return m
+}
+
+func TestPlanGolden(t *testing.T) {
+	const stays, goes = "20260101T000000Z-00000a", "20260102T000000Z-00000a"
+	for _, c := range []struct {
+		name string
+		g    backup.GoldenCandidate
+		keep bool
+		why  string
+	}{
+		{"its backup stays", backup.GoldenCandidate{Of: stays}, true, "golden image of backup " + stays},
+		{"its backup goes", backup.GoldenCandidate{Of: goes}, false, "which does not stay"},
+		{"held", backup.GoldenCandidate{Of: goes, Held: "held by ada"}, true, "held by ada"},
+		{"in use", backup.GoldenCandidate{Of: goes, InUse: "copy x"}, true, "in use: copy x"},
+		{"being made", backup.GoldenCandidate{Of: goes, Begun: "it is being made"}, true, "left alone: it is being made"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			c.g.ID = backup.GoldenID(c.g.Of, "digest")
+			keep, remove := backup.PlanGolden([]backup.GoldenCandidate{c.g}, func(id backup.ID) bool { return id == stays })
+			got := append(keep, remove...)
+			if len(got) != 1 || got[0].ID != c.g.ID || (len(keep) == 1) != c.keep || !strings.Contains(strings.Join(got[0].Why, "; "), c.why) {
+				t.Errorf("keep %+v, remove %+v; want it kept: %t, %q", keep, remove, c.keep, c.why)
+			}
+		})
+	}
+}
+
+func TestAGoldenImageHasOneIDOfItsBackupsSecond(t *testing.T) {
+	of := raid0().ID
+	id := backup.GoldenID(of, "a")
+	if _, err := backup.ParseID(string(id)); err != nil || !id.Time().Equal(of.Time()) || id == of || id != backup.GoldenID(of, "a") || id == backup.GoldenID(of, "b") {
+		t.Errorf("got %s for %s, %v", id, of, err)
+	}
 }

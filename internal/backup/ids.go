@@ -9,7 +9,8 @@ import (
 )
 
 // ID names a backup or a copy: UTC time to the second and a random tail,
-// "20261122T211704Z-5f3a9c", so that names sort by age.
+// "20261122T211704Z-5f3a9c", so that names sort by age. That of a golden image
+// is GoldenID.
 type ID string
 
 // VolumeID is the provider's name of a block volume.

@@ -11,7 +11,8 @@ type Intent struct {
 	Host    string    `json:"host"`
 	PID     int       `json:"pid"`
 	Started time.Time `json:"started"`
-	Tags    Tags      `json:"tags"`             // what the provider's things carry
-	Deletes bool      `json:"deletes"`          // true: the backup was being deleted
-	Mounts  []string  `json:"mounts,omitempty"` // that may be frozen
+	Tags    Tags      `json:"tags"`                // what the provider's things carry
+	Deletes bool      `json:"deletes"`             // true: the backup was being deleted
+	Mounts  []string  `json:"mounts,omitempty"`    // that may be frozen
+	Golden  ID        `json:"golden_of,omitempty"` // the backup is a golden image of this one
 }

@@ -11,7 +11,7 @@ import (
 
 // ManifestVersion is the version this program writes. docs/manifest.md
 // describes every version ever written.
-const ManifestVersion = 4
+const ManifestVersion = 5
 
 // Consistency is what a cut achieved; design.md, "two sound ways".
 type Consistency string
@@ -27,13 +27,15 @@ const (
 // Mode is a way of cutting.
 type Mode string
 
-// The modes. ModeNone cuts without any protection and belongs to the drill.
+// The modes. ModeNone cuts without any protection and belongs to the drill;
+// nobody asks for ModeStill.
 const (
 	ModeAuto      Mode = "auto"
 	ModeGroup     Mode = "group"
 	ModeFreeze    Mode = "freeze"
 	ModeBracketed Mode = "bracketed"
 	ModeNone      Mode = "none"
+	ModeStill     Mode = "still" // a golden image's: nothing is mounted, so nobody writes
 )
 
 // Manifest is the record of one backup's cut: all that a restore needs to
@@ -51,6 +53,7 @@ type Manifest struct {
 	Bracket   *Bracket   `json:"bracket,omitempty"` // of a bracketed cut, and only there
 	Snapshots []Snapshot `json:"snapshots"`
 	SideFiles []SideFile `json:"side_files,omitempty"`
+	Golden    *Golden    `json:"golden,omitempty"` // of a golden image, and only there
 }
 
 // Server is what was known of the running server when it was cut.
@@ -86,10 +89,11 @@ type Database struct {
 // Cut is what was achieved and how, never what was asked for.
 type Cut struct {
 	Achieved Consistency `json:"achieved"`
-	How      Mode        `json:"how"` // freeze, group, bracketed, none
+	How      Mode        `json:"how"` // freeze, group, bracketed, none, still
 	// FlushLSN is the end of a WAL record that was flushed before the freeze
-	// began, in a bracketed cut the bracket's End. Recovery must reach it: below
-	// it acknowledged commits are lost.
+	// began, in a bracketed cut the bracket's End, of a golden image the
+	// checkpoint of its shutdown. Recovery must reach it: below it acknowledged
+	// commits are lost.
 	FlushLSN   LSN           `json:"flush_lsn"`
 	Deadline   time.Duration `json:"deadline_ns"`
 	SyncRounds []float64     `json:"sync_rounds_ms"` // syncfs before the freeze, milliseconds
@@ -233,6 +237,14 @@ func (m Manifest) Validate() error {
 	}
 	if m.Bracket != nil {
 		if err := m.Bracket.validate(); err != nil {
+			return fmt.Errorf("manifest: %w", err)
+		}
+	}
+	if (m.Cut.How == ModeStill) != (m.Golden != nil) {
+		return fmt.Errorf("manifest: cut by %q, and it is of a golden image: %t", m.Cut.How, m.Golden != nil)
+	}
+	if m.Golden != nil {
+		if err := m.Golden.validate(); err != nil {
 			return fmt.Errorf("manifest: %w", err)
 		}
 	}

@@ -360,7 +360,7 @@ func open(t *testing.T) (c *catalog.Catalog, root string) {
 // manifest is the golden one under another id.
 func manifest(t *testing.T, id backup.ID) backup.Manifest {
 	t.Helper()
-	m, err := backup.DecodeManifest(read(t, "../backup/testdata/manifest-v4-raid0.json"))
+	m, err := backup.DecodeManifest(read(t, "../backup/testdata/manifest-v5-raid0.json"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -25,7 +25,7 @@ import (
 // snapshots of its backup as they are when it is complete.
 func goldenSet(t *testing.T) (backup.Manifest, []byte, []provider.Snapshot) {
 	t.Helper()
-	stored, err := os.ReadFile("../backup/testdata/manifest-v4-raid0.json")
+	stored, err := os.ReadFile("../backup/testdata/manifest-v5-raid0.json")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +136,7 @@ func TestPlanRebuild(t *testing.T) {
 			return flow.RebuildFacts{Snapshots: s}
 		}, flow.RebuildCannot, backup.ErrDamage, "not among these"},
 		{"a newer cleancut wrote it", func(t *testing.T, _ []provider.Snapshot) flow.RebuildFacts {
-			return flow.RebuildFacts{Snapshots: tampered(t, m, stored, `"version": 4,`, `"version": 999,`)}
+			return flow.RebuildFacts{Snapshots: tampered(t, m, stored, `"version": 5,`, `"version": 999,`)}
 		}, flow.RebuildCannot, backup.ErrUnsupported, "version 999"},
 		{"the manifest is of another backup", func(t *testing.T, _ []provider.Snapshot) flow.RebuildFacts {
 			return flow.RebuildFacts{Snapshots: tampered(t, m, stored, string(m.ID), "20200101T000000Z-abcdef")}

@@ -33,7 +33,7 @@ func TestTheListSaysHowFarEachBackupRecovers(t *testing.T) {
 	const size = 1 << 20
 	ctx := t.Context()
 	c := catalog.New(catalog.NewDir(t.TempDir()), "main")
-	golden, err := os.ReadFile("../backup/testdata/manifest-v4-raid0.json")
+	golden, err := os.ReadFile("../backup/testdata/manifest-v5-raid0.json")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -2,6 +2,7 @@
 //
 //	freeze: Prepare → Arm → syncfs until quick → flush LSN → Freeze → Take → Thaw → check the set
 //	group:  Prepare → flush LSN → Take → check the set
+//	still: Prepare → Take → check the set; whoever calls has seen to it that nobody can write
 //	bracketed: the one or the other for one filesystem after the other; whoever calls has the server in backup mode meanwhile
 //
 // What always holds when Run returns, also with an error or when ctx ends:
@@ -28,7 +29,7 @@ type Options struct {
 	ID       backup.ID
 	Cluster  string
 	Topology backup.Topology
-	Mode     backup.Mode // auto, group, freeze or bracketed; none only for the drill
+	Mode     backup.Mode // auto, group, freeze or bracketed; still for golden images, none only for the drill
 	// Skew is for the drill: the time between two members, in mode bracketed
 	// between two filesystems. Backward begins with the last of them.
 	Skew     time.Duration
@@ -192,15 +193,18 @@ func take(ctx context.Context, prepared provider.Cut, o Options, u unit) (provid
 		return takeGroup(ctx, prepared, o)
 	case backup.ModeFreeze:
 		return takeFrozen(ctx, prepared, o, u)
+	case backup.ModeStill:
+		return takeBare(ctx, prepared, o, backup.Atomic)
 	case backup.ModeNone:
-		return takeBare(ctx, prepared, o)
+		return takeBare(ctx, prepared, o, backup.Torn)
 	}
 	return provider.Taken{}, Result{}, fmt.Errorf("mode %s: %w", o.Mode, backup.ErrNotThere)
 }
 
-// takeBare cuts without any protection: the drill's way to show what that does.
-func takeBare(ctx context.Context, prepared provider.Cut, o Options) (provider.Taken, Result, error) {
-	res := Result{Cut: backup.Cut{Achieved: backup.Torn, How: backup.ModeNone}}
+// takeBare cuts without any protection. Of volumes that nobody writes to that is
+// one instant; else it is the drill's way to show what that does.
+func takeBare(ctx context.Context, prepared provider.Cut, o Options, achieved backup.Consistency) (provider.Taken, Result, error) {
+	res := Result{Cut: backup.Cut{Achieved: achieved, How: o.Mode}}
 	if o.BeforeFreeze != nil {
 		if err := o.BeforeFreeze(ctx); err != nil {
 			return provider.Taken{}, res, err

@@ -34,7 +34,11 @@ type Options struct {
 	Instance     *postgres.Instance
 	Installation postgres.Installation
 	Level        backup.Level
-	Progress     func(check string) // called before each check; may be nil
+	// Image leaves out of level full what writes into the image (pg_amcheck
+	// installs an extension, VACUUM writes) and leaves the filesystems mounted:
+	// a golden image is cut from the copy. Filesystems does the rest.
+	Image    bool
+	Progress func(check string) // called before each check; may be nil
 }
 
 // Run checks the copy and returns the verdict. It stops the server and, at
@@ -46,7 +50,7 @@ func Run(ctx context.Context, o Options) (backup.Verdict, error) {
 	start := time.Now()
 	r.check(ctx, backup.CheckRecovered, r.recovered)
 	r.check(ctx, backup.CheckFlushed, r.reachedLSN)
-	if o.Level == backup.LevelFull {
+	if o.Level == backup.LevelFull && !o.Image {
 		r.amcheck(ctx)
 		r.check(ctx, "vacuum of every page", r.vacuum)
 	}
@@ -60,14 +64,17 @@ func Run(ctx context.Context, o Options) (backup.Verdict, error) {
 	r.check(ctx, "server log", r.serverLog)
 	if o.Level == backup.LevelFull {
 		r.check(ctx, "page checksums (pg_checksums)", r.checksums)
+	}
+	if o.Level == backup.LevelFull && !o.Image {
 		r.filesystems(ctx)
 	}
 	r.v.Seconds = time.Since(start).Seconds()
 	return r.v, ctx.Err()
 }
 
-// Filesystems is what is left to check of a copy whose server does not start:
-// it unmounts every filesystem and has each examined.
+// Filesystems is what is left to check of a copy whose server does not start, or
+// of one that was checked as an Image: it unmounts every filesystem and has each
+// examined.
 func Filesystems(ctx context.Context, c backup.Copy, progress func(check string)) []backup.Check {
 	r := &runner{Options: Options{Copy: c, Progress: progress}}
 	r.filesystems(ctx)
