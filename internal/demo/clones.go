@@ -57,8 +57,8 @@ func (s *story) clones(ctx context.Context, facts map[string]any) error {
 	if facts["masked_rows"], err = s.useClones(ctx, made); err != nil {
 		return err
 	}
-	var all []clone
-	if err := s.cleancut(ctx, &all, "clone", "list"); err != nil {
+	all, err := s.listClones(ctx)
+	if err != nil {
 		return err
 	}
 	if len(all) != 2 || slices.ContainsFunc(all, func(c clone) bool { return c.State != "ready" || !c.Expires.After(time.Now()) }) {
@@ -69,7 +69,7 @@ func (s *story) clones(ctx context.Context, facts map[string]any) error {
 		if err := s.cleancut(ctx, nil, "clone", "destroy", c.Name); err != nil {
 			return err
 		}
-		if err := s.cleancut(ctx, &all, "clone", "list"); err != nil {
+		if all, err = s.listClones(ctx); err != nil {
 			return err
 		}
 		if len(all) != len(made)-n-1 {
@@ -100,10 +100,18 @@ func (s *story) twoClones(ctx context.Context, mask string) ([]clone, error) {
 	return made, errors.Join(<-ended, <-ended)
 }
 
+func (s *story) listClones(ctx context.Context) ([]clone, error) {
+	var out struct {
+		Clones []clone `json:"clones"`
+	}
+	err := s.cleancut(ctx, &out, "clone", "list")
+	return out.Clones, err
+}
+
 // endClone destroys a clone, if it is still there.
 func (s *story) endClone(ctx context.Context, name string) error {
-	var all []clone
-	if err := s.cleancut(ctx, &all, "clone", "list"); err != nil {
+	all, err := s.listClones(ctx)
+	if err != nil {
 		return err
 	}
 	if !slices.ContainsFunc(all, func(c clone) bool { return c.Name == name }) {
