@@ -111,33 +111,33 @@ func (f *Flow) Clone(ctx context.Context, name string) (CloneStatus, error) {
 // cloneStatus looks at one clone. That its server does not answer is part of
 // the answer.
 func (f *Flow) cloneStatus(ctx context.Context, c backup.Copy, volumes []provider.Volume) CloneStatus {
-	s := CloneStatus{Name: c.Clone.Name, ID: c.ID, Backup: c.Clone.Of, MadeOf: c.Backup, Golden: c.Clone.Golden, Cluster: c.Cluster, Owner: c.Clone.Owner, Purpose: c.Clone.Purpose,
-		Masked: c.Clone.Masked, Created: c.Created, Expires: c.Clone.Expires, Longest: c.Clone.Longest, Root: c.Root, DataDirectory: c.DataDirectory, SocketDir: c.SocketDir,
-		Port: c.Port, Superuser: c.Superuser, Major: c.Major, Listen: c.Clone.Listen, Answered: c.Answered}
+	s := f.describeClone(c)
 	if !c.Ready {
 		s.State = f.halfState(c)
 		return s
 	}
-	var err error
-	s.Sessions, err = f.sessions(ctx, c)
-	s.Down = restore.Down(c, volumes)
-	switch {
-	case s.Down != "":
-	case err != nil:
+	asked, err := f.sessions(ctx, c)
+	if s.Down = restore.Down(c, volumes); s.Down == "" && err != nil {
 		s.Down = err.Error()
-	case s.Sessions == nil:
-		s.Sessions, s.Down = &postgres.Sessions{}, "its server does not run"
 	}
-	if s.Sessions == nil && err == nil {
-		s.Sessions = &postgres.Sessions{}
+	if asked == nil && err == nil {
+		asked, s.Down = &postgres.Sessions{}, cmp.Or(s.Down, "its server does not run")
 	}
-	switch {
-	case c.Clone.Expired(f.now()):
-		s.State = CloneExpired
-	case s.Down != "":
+	s.Sessions = asked
+	if s.Down != "" && s.State == CloneReady {
 		s.State = CloneDown
-	default:
-		s.State = CloneReady
+	}
+	return s
+}
+
+// describeClone is the status of a clone whose server has just answered and that
+// nobody uses yet.
+func (f *Flow) describeClone(c backup.Copy) CloneStatus {
+	s := CloneStatus{Name: c.Clone.Name, State: CloneReady, ID: c.ID, Backup: c.Clone.Of, MadeOf: c.Backup, Golden: c.Clone.Golden, Cluster: c.Cluster, Owner: c.Clone.Owner, Purpose: c.Clone.Purpose,
+		Masked: c.Clone.Masked, Created: c.Created, Expires: c.Clone.Expires, Longest: c.Clone.Longest, Sessions: &postgres.Sessions{}, Root: c.Root, DataDirectory: c.DataDirectory,
+		SocketDir: c.SocketDir, Port: c.Port, Superuser: c.Superuser, Major: c.Major, Listen: c.Clone.Listen, Answered: c.Answered}
+	if c.Clone.Expired(f.now()) {
+		s.State = CloneExpired
 	}
 	return s
 }
