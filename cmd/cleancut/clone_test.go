@@ -225,6 +225,27 @@ func TestACloneOneTooManyOrTwiceAtOnceIsRefused(t *testing.T) {
 	}
 	l.run(t, "clone", "create", l.id, "--name", "masked", "--mask", bad).refused(t, 1, "mask clone masked")
 	l.gone(t)
+	for _, c := range []struct{ args, words string }{ // separated by blanks, and by |
+		{"--name QA", "clone name"},
+		{"--name qa --ttl 8d", "longer than 1h|max_ttl"},
+		{"--name qa --mask /nonexistent.sql", "/nonexistent.sql is no file"},
+		{"--name qa --listen here", "ADDRESS:PORT"},
+		{"--name qa --to /srv/" + strings.Repeat("long", 25), "107 bytes|shorter folder"},
+	} {
+		o := l.run(t, append([]string{"clone", "create", l.id}, strings.Fields(c.args)...)...)
+		o.refused(t, 2, strings.Split(c.words, "|")...)
+		if strings.Contains(o.err, "snapshots  ") {
+			t.Errorf("%s: something was begun:\n%s", c.args, o.err)
+		}
+	}
+	l.run(t, "clone", "create", "--latest", "--name", "qa").refused(t, 1, "no backup of cluster main has a good verdict")
+	l.gone(t)
+	l.must(t, "verify", l.id, "--level", "start")
+	if s := cloneRead(t, l.run(t, "clone", "create", "--latest", "--name", "qa", "--json")); string(s.Backup) != l.id {
+		t.Errorf("made of %s", s.Backup)
+	}
+	l.must(t, "clone", "destroy", "qa")
+	l.gone(t)
 }
 
 // cloneServer returns the clone's postmaster.

@@ -268,18 +268,18 @@ func (f *Flow) save(c backup.Copy) error {
 	return host.PlaceFile(recordOf(c.Root), append(b, '\n'), 0o600, os.Geteuid(), os.Getegid())
 }
 
-// lostCopy is a clone without a ledger.
-type lostCopy struct {
+// LostCopy is a clone without a ledger.
+type LostCopy struct {
 	Copy backup.Copy
-	used bool // somebody works with it, or that cannot be told
+	Used bool // somebody works with it, or that cannot be told
 }
 
 // lost finds the clones of this host whose ledger is missing: by the tags of
 // their volumes, whose mounts, or the folders for clones, lead to the record
 // that lies beside each. A volume that leads to none proves nothing and is not
 // among them.
-func (f *Flow) lost(ctx context.Context, inv provider.Inventory, ledgers []backup.Copy) (map[backup.ID]lostCopy, error) {
-	out := map[backup.ID]lostCopy{}
+func (f *Flow) lost(ctx context.Context, inv provider.Inventory, ledgers []backup.Copy) (map[backup.ID]LostCopy, error) {
+	out := map[backup.ID]LostCopy{}
 	devices := map[backup.ID][]string{}
 	for _, v := range inv.Volumes {
 		id := backup.ID(v.Tags[backup.TagCopy])
@@ -310,7 +310,7 @@ func (f *Flow) lost(ctx context.Context, inv provider.Inventory, ledgers []backu
 		}
 		for _, root := range roots {
 			if c, ok := f.recorded(root, id); ok {
-				out[id] = lostCopy{Copy: c, used: f.usedBy(ctx, c) != ""}
+				out[id] = LostCopy{Copy: c, Used: f.usedBy(ctx, c) != ""}
 				break
 			}
 		}
