@@ -463,4 +463,26 @@ func TestACloneStoppedAnywhereLeavesNothing(t *testing.T) {
 			return []string{"clone", "destroy", "c"}
 		}})
 	})
+	t.Run("start after a reboot", func(t *testing.T) {
+		made := p.create(t, "c", "--to", root)
+		p.rebooted(t, made)
+		o := p.must(t, "clone", "start", "c")
+		t.Logf("%d points", len(o.points))
+		for _, fault := range (flowUnderFault{of: []string{""}, killsOnce: true}).faults(o.points) {
+			t.Run(fault, func(t *testing.T) {
+				p.rebooted(t, p.show(t, "c"))
+				if o := p.runWith(t, []string{"CLEANCUT_FAULT=" + fault}, "clone", "start", "c"); o.code != -1 {
+					t.Errorf("exit %d, want it killed\n%s", o.code, o.err)
+				}
+				if o := p.must(t, "sweep"); strings.Contains(o.out, "remove") {
+					t.Errorf("sweep: %s", o.out)
+				}
+				if s := cloneRead(t, p.run(t, "clone", "start", "c", "--json")); s.State != flow.CloneReady {
+					t.Errorf("started: %+v", s)
+				}
+			})
+		}
+		drop(t, outcome{})
+	})
+	p.clean(t)
 }

@@ -297,7 +297,10 @@ func (f *Flow) lost(ctx context.Context, inv provider.Inventory, ledgers []backu
 		return out, err
 	}
 	for id, attached := range devices {
-		attached = slices.DeleteFunc(attached, func(d string) bool { return !strings.HasPrefix(d, "/dev/") }) // not, or to another host
+		attached = slices.DeleteFunc(attached, func(d string) bool { // attached nowhere, to another host, or gone since
+			_, err := os.Stat(d)
+			return !strings.HasPrefix(d, "/dev/") || err != nil
+		})
 		mounts, err := host.MountsOver(attached)
 		if err != nil {
 			return out, fmt.Errorf("volumes of copy %s: %w", id, err)
