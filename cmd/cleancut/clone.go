@@ -95,7 +95,7 @@ by its socket: see "cleancut clone psql".`,
 			}
 			return a.print(status, func() {
 				a.cloneText(status)
-				a.line("  extend:   cleancut clone extend %s --ttl 8h", status.Name)
+				a.line("  extend:   cleancut clone extend %s --by 4h", status.Name)
 				a.line("  destroy:  cleancut clone destroy %s", status.Name)
 			})
 		},
@@ -106,7 +106,7 @@ by its socket: see "cleancut clone psql".`,
 	c.Flags().Lookup("owner").DefValue = "" // it would differ from user to user
 	c.Flags().Lookup("owner").Usage += " (default $SUDO_USER, else $USER)"
 	c.Flags().StringVar(&o.Purpose, "purpose", "", "what it is for, for whoever finds it")
-	c.Flags().StringVar(&ttl, "ttl", "", "how long it stands: 8h, 3d (default 8h)")
+	c.Flags().StringVar(&ttl, "ttl", "", "how long it stands: 8h, 3d (default 8h, or max_ttl if that is shorter)")
 	c.Flags().StringVar(&o.Root, "to", "", "its folder, new or empty (default clones/NAME below the state folder)")
 	c.Flags().BoolVar(&o.Golden, "golden", false, "make it of the backup's golden image, which needs no recovery and is made if there is none")
 	c.Flags().StringArrayVar(&o.Mask, "mask", nil, "file with SQL to run before anybody else can connect; may be given several times")

@@ -89,7 +89,7 @@ func (p *production) underFaults(t *testing.T, f flowUnderFault) {
 			if t.Failed() {
 				t.Logf("cleancut %s, exit %d, passed %q:\n%s%s", strings.Join(args, " "), o.code, o.points, o.out, o.err)
 			}
-			if action == "kill" || len(left) > 0 {
+			if action == "kill" || len(left) > 0 && o.code != 0 {
 				p.swept(t, f.stay...)
 			}
 			if action == "kill" && o.code != 0 {
@@ -101,6 +101,9 @@ func (p *production) underFaults(t *testing.T, f flowUnderFault) {
 			}
 			if o.code == 0 || f.always {
 				f.removes(t, o)
+			}
+			if o.code == 0 { // the signal may come when all is done
+				p.clean(t, f.stay...)
 			}
 		})
 	}

@@ -76,12 +76,8 @@ func (f *Flow) CreateClone(ctx context.Context, o CloneOptions) (s CloneStatus, 
 	if err != nil {
 		return s, err
 	}
-	defer unlock()
-	inv, err := f.Provider.List(ctx, r.Copy.Tags())
-	if err != nil {
-		return s, fmt.Errorf("clone %s stands, but: %w", o.Name, err)
-	}
-	return f.cloneStatus(ctx, r.Copy, inv.Volumes), nil
+	unlock()
+	return f.describeClone(r.Copy), nil
 }
 
 // checkClone fills in what is left out and refuses what cannot be. It looks at
@@ -217,10 +213,7 @@ func (f *Flow) StartClone(ctx context.Context, name string) (s CloneStatus, err 
 	if err != nil {
 		return s, backup.Hint(fmt.Errorf("clone %s stays down: %w", name, err), cmp.Or(backup.HintOf(err), "try again, or end it: cleancut clone destroy "+name))
 	}
-	if inv, err = f.Provider.List(ctx, c.Tags()); err != nil {
-		return s, err
-	}
-	return f.cloneStatus(ctx, c, inv.Volumes), nil
+	return f.describeClone(c), nil
 }
 
 // ExtendClone lets a clone stand for ttl from now on or, with by, for ttl longer
@@ -235,14 +228,14 @@ func (f *Flow) ExtendClone(ctx context.Context, name string, ttl backup.Span, by
 	if by {
 		from = c.Clone.Expires
 	}
+	inv, err := f.Provider.List(ctx, c.Tags())
+	if err != nil {
+		return s, err
+	}
 	if err := c.Clone.Extend(f.now(), from.Add(time.Duration(ttl))); err != nil {
 		return s, err
 	}
 	if err := f.save(c); err != nil {
-		return s, err
-	}
-	inv, err := f.Provider.List(ctx, c.Tags())
-	if err != nil {
 		return s, err
 	}
 	return f.cloneStatus(ctx, c, inv.Volumes), nil
@@ -285,7 +278,7 @@ func (f *Flow) LatestProven(ctx context.Context) (backup.ID, error) {
 		return "", err
 	}
 	var best backup.ID
-	for _, e := range entries { // golden images are not what was asked for
+	for _, e := range entries {
 		if proven(e) && e.ID > best {
 			best = e.ID
 		}

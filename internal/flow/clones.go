@@ -111,33 +111,33 @@ func (f *Flow) Clone(ctx context.Context, name string) (CloneStatus, error) {
 // cloneStatus looks at one clone. That its server does not answer is part of
 // the answer.
 func (f *Flow) cloneStatus(ctx context.Context, c backup.Copy, volumes []provider.Volume) CloneStatus {
-	s := CloneStatus{Name: c.Clone.Name, ID: c.ID, Backup: c.Clone.Of, MadeOf: c.Backup, Golden: c.Clone.Golden, Cluster: c.Cluster, Owner: c.Clone.Owner, Purpose: c.Clone.Purpose,
-		Masked: c.Clone.Masked, Created: c.Created, Expires: c.Clone.Expires, Longest: c.Clone.Longest, Root: c.Root, DataDirectory: c.DataDirectory, SocketDir: c.SocketDir,
-		Port: c.Port, Superuser: c.Superuser, Major: c.Major, Listen: c.Clone.Listen, Answered: c.Answered}
+	s := f.describeClone(c)
 	if !c.Ready {
 		s.State = f.halfState(c)
 		return s
 	}
-	var err error
-	s.Sessions, err = f.sessions(ctx, c)
-	s.Down = restore.Down(c, volumes)
-	switch {
-	case s.Down != "":
-	case err != nil:
+	asked, err := f.sessions(ctx, c)
+	if s.Down = restore.Down(c, volumes); s.Down == "" && err != nil {
 		s.Down = err.Error()
-	case s.Sessions == nil:
-		s.Sessions, s.Down = &postgres.Sessions{}, "its server does not run"
 	}
-	if s.Sessions == nil && err == nil {
-		s.Sessions = &postgres.Sessions{}
+	if asked == nil && err == nil {
+		asked, s.Down = &postgres.Sessions{}, cmp.Or(s.Down, "its server does not run")
 	}
-	switch {
-	case c.Clone.Expired(f.now()):
-		s.State = CloneExpired
-	case s.Down != "":
+	s.Sessions = asked
+	if s.Down != "" && s.State == CloneReady {
 		s.State = CloneDown
-	default:
-		s.State = CloneReady
+	}
+	return s
+}
+
+// describeClone is the status of a clone whose server has just answered and that
+// nobody uses yet.
+func (f *Flow) describeClone(c backup.Copy) CloneStatus {
+	s := CloneStatus{Name: c.Clone.Name, State: CloneReady, ID: c.ID, Backup: c.Clone.Of, MadeOf: c.Backup, Golden: c.Clone.Golden, Cluster: c.Cluster, Owner: c.Clone.Owner, Purpose: c.Clone.Purpose,
+		Masked: c.Clone.Masked, Created: c.Created, Expires: c.Clone.Expires, Longest: c.Clone.Longest, Sessions: &postgres.Sessions{}, Root: c.Root, DataDirectory: c.DataDirectory,
+		SocketDir: c.SocketDir, Port: c.Port, Superuser: c.Superuser, Major: c.Major, Listen: c.Clone.Listen, Answered: c.Answered}
+	if c.Clone.Expired(f.now()) {
+		s.State = CloneExpired
 	}
 	return s
 }
@@ -268,18 +268,18 @@ func (f *Flow) save(c backup.Copy) error {
 	return host.PlaceFile(recordOf(c.Root), append(b, '\n'), 0o600, os.Geteuid(), os.Getegid())
 }
 
-// lostCopy is a clone without a ledger.
-type lostCopy struct {
+// LostCopy is a clone without a ledger.
+type LostCopy struct {
 	Copy backup.Copy
-	used bool // somebody works with it, or that cannot be told
+	Used bool // somebody works with it, or that cannot be told
 }
 
 // lost finds the clones of this host whose ledger is missing: by the tags of
 // their volumes, whose mounts, or the folders for clones, lead to the record
 // that lies beside each. A volume that leads to none proves nothing and is not
 // among them.
-func (f *Flow) lost(ctx context.Context, inv provider.Inventory, ledgers []backup.Copy) (map[backup.ID]lostCopy, error) {
-	out := map[backup.ID]lostCopy{}
+func (f *Flow) lost(ctx context.Context, inv provider.Inventory, ledgers []backup.Copy) (map[backup.ID]LostCopy, error) {
+	out := map[backup.ID]LostCopy{}
 	devices := map[backup.ID][]string{}
 	for _, v := range inv.Volumes {
 		id := backup.ID(v.Tags[backup.TagCopy])
@@ -297,7 +297,10 @@ func (f *Flow) lost(ctx context.Context, inv provider.Inventory, ledgers []backu
 		return out, err
 	}
 	for id, attached := range devices {
-		attached = slices.DeleteFunc(attached, func(d string) bool { return !strings.HasPrefix(d, "/dev/") }) // not, or to another host
+		attached = slices.DeleteFunc(attached, func(d string) bool { // attached nowhere, to another host, or gone since
+			_, err := os.Stat(d)
+			return !strings.HasPrefix(d, "/dev/") || err != nil
+		})
 		mounts, err := host.MountsOver(attached)
 		if err != nil {
 			return out, fmt.Errorf("volumes of copy %s: %w", id, err)
@@ -310,7 +313,7 @@ func (f *Flow) lost(ctx context.Context, inv provider.Inventory, ledgers []backu
 		}
 		for _, root := range roots {
 			if c, ok := f.recorded(root, id); ok {
-				out[id] = lostCopy{Copy: c, used: f.usedBy(ctx, c) != ""}
+				out[id] = LostCopy{Copy: c, Used: f.usedBy(ctx, c) != ""}
 				break
 			}
 		}

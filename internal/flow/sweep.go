@@ -45,7 +45,7 @@ type Facts struct {
 	Backups   map[backup.ID]BackupState // what the catalog holds of each
 	Held      map[backup.ID]bool
 	Copies    []backup.Copy          // ledgers of this host
-	Lost      map[backup.ID]lostCopy // copies without a ledger, proved by what lies beside them
+	Lost      map[backup.ID]LostCopy // copies without a ledger, proved by what lies beside them
 	Busy      map[string]bool        // locks that somebody holds
 	Inventory provider.Inventory
 }
@@ -138,7 +138,7 @@ func planCopies(x Facts) []Action {
 			a.Kind, a.Why = OnlyList, "it is being made or removed"
 		} else if lost, ok := x.Lost[c.ID]; ok {
 			a.Copy, a.Why = lost.Copy, "clone "+lost.Copy.Clone.Name+" at "+lost.Copy.Root+", whose ledger is lost"
-			if lost.used {
+			if lost.Used {
 				a.Kind, a.Why = PutBack, a.Why+"; somebody uses it"
 			}
 		} else if name, ok := v.Tags[backup.TagStorage]; ok {

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"cleancut/internal/backup"
 	"cleancut/internal/flow"
@@ -29,6 +30,12 @@ func deletion(id backup.ID) backup.Intent {
 
 func standing(id backup.ID, purpose backup.Purpose, ready bool) backup.Copy {
 	return backup.Copy{ID: id, Backup: first, Cluster: "main", Host: "prod", Purpose: purpose, Ready: ready, Root: "/srv/" + string(id)}
+}
+
+func leased(id backup.ID, ready bool) backup.Copy {
+	c := standing(id, backup.ForClone, ready)
+	c.Clone = &backup.Clone{Name: "qa", Expires: time.Date(2026, 1, 2, 8, 0, 0, 0, time.UTC)}
+	return c
 }
 
 func inService(id backup.ID) backup.Copy {
@@ -107,6 +114,12 @@ func TestPlanSweep(t *testing.T) {
 		{"the same of another host", flow.Facts{Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "other", "main", "")}}}, "", ""},
 		{"the same of another cluster", flow.Facts{Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "else", "")}}}, "", ""},
 		{"volumes of a copy with a ledger", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForRestore, true)}, Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "main", "/dev/loop7")}}}, "leave copy " + string(second), "meant to stay"},
+		{"a clone that stands", flow.Facts{Copies: []backup.Copy{leased(second, true)}}, "leave copy " + string(second), "clone qa at /srv/" + string(second) + ", meant to stay until 2026-01-02T08:00:00Z"},
+		{"a clone that was interrupted", flow.Facts{Copies: []backup.Copy{leased(second, false)}}, "remove copy copy " + string(second), "its clone or its removal was interrupted"},
+		{"a clone whose ledger is lost", flow.Facts{Lost: map[backup.ID]flow.LostCopy{second: {Copy: leased(second, true)}}, Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "main", "/dev/loop7")}}}, "remove copy copy " + string(second), "whose ledger is lost"},
+		{"the same, used", flow.Facts{Lost: map[backup.ID]flow.LostCopy{second: {Copy: leased(second, true), Used: true}}, Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "main", "/dev/loop7")}}}, "put ledger back copy " + string(second), "somebody uses it"},
+		{"the same, worked on", flow.Facts{Lost: map[backup.ID]flow.LostCopy{second: {Copy: leased(second, true)}}, Busy: map[string]bool{"copy-" + string(second): true}, Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "main", "/dev/loop7")}}}, "leave copy " + string(second), "being made or removed"},
+		{"the record of another copy proves nothing", flow.Facts{Lost: map[backup.ID]flow.LostCopy{third: {Copy: leased(third, true)}}, Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "main", "/dev/loop7")}}}, "leave copy " + string(second), "attached as /dev/loop7"},
 		{"volumes of storage", flow.Facts{Inventory: provider.Inventory{Volumes: []provider.Volume{{ID: "vol-x", Tags: backup.Tags{backup.TagStorage: "pg", backup.TagHost: "prod"}}}}}, "", ""},
 		{"snapshots that the catalog does not know", flow.Facts{Inventory: provider.Inventory{Snapshots: snapshots(third, "main", 4)}}, "leave snapshots of backup " + string(third), "4 snapshots of cluster main that this catalog does not know"},
 		{"snapshots of another cluster", flow.Facts{Inventory: provider.Inventory{Snapshots: snapshots(third, "else", 4)}}, "", ""},
