@@ -27,7 +27,7 @@ func TestAGoldenImageStoppedAnywhereIsWholeOrNothing(t *testing.T) {
 	p.must(t, "verify", string(keeper)) // else each run would
 	p.underFaults(t, flowUnderFault{
 		// What comes before is a restore's, what comes after its undoing.
-		of:   []string{"postgres.stop", "postgres.reinstate", "host.still", "catalog.put", "local.clone", "local.complete", "catalog.delete intent"},
+		of:   []string{"postgres.reinstate.links", "host.umount", "host.still", "catalog.put", "local.clone", "local.complete", "catalog.delete"},
 		args: func(*testing.T) []string { return []string{"golden", string(keeper), "--json"} },
 		removes: func(t *testing.T, o outcome) {
 			t.Helper()
@@ -70,7 +70,7 @@ func TestTheGoldenImageOfABackup(t *testing.T) {
 	}
 	golden(t, "json/show-golden.txt", shape(t, p.must(t, "show", "--json", id).out))
 	p.run(t, "restore", id, "--to", filepath.Join(p.dir, "copy", "x"), "--target", "latest").refused(t, 2, "golden image of backup "+string(of), "cleancut show "+string(of))
-	p.run(t, "restore", id, "--production").refused(t, 2, "does not take production's place")
+	p.run(t, "restore", id, "--production", "--archive-command", "").refused(t, 2, "does not take production's place")
 	p.must(t, "dump", id, "--to", filepath.Join(p.dir, "golden.sql.zst"))
 
 	// A catalog that is lost is rebuilt from the tags, with the image in it.

@@ -177,9 +177,6 @@ func (f *Flow) settle(ctx context.Context, of catalog.Entry, r Restored) (m back
 	if _, err := postgres.Reinstate(ctx, r.Copy.Root, r.Copy.DataDirectory); err != nil {
 		return m, 0, err
 	}
-	if err := os.RemoveAll(r.Copy.PrivateDir()); err != nil { // it is in the image where production's / was cut
-		return m, 0, err
-	}
 	m = r.Manifest
 	m.Version, m.Tool, m.Host, m.Created = backup.ManifestVersion, f.Tool, f.Host, time.Now().UTC()
 	m.Bracket, m.SideFiles, m.Topology.NotCovered, m.Server.Timeline = nil, nil, nil, control.TimeLine
