@@ -176,6 +176,7 @@ func TestAGoldenImageOfABracketedBackup(t *testing.T) {
 	}
 	p := apart(t, localPool(t))
 	m := goldenLab(t, p, backup.ModeBracketed)
+	p.goldenOfAnotherHost(m)
 	id := goldenOf(t, p, m, p.flow, p.other)
 	goldenIsTheBackup(t, p, m, id)
 	if e, err := p.flow.Catalog.Backup(t.Context(), id); err != nil || e.Manifest.Bracket != nil || e.Manifest.Server.Timeline != m.Server.Timeline+1 {
@@ -195,6 +196,29 @@ func TestAGoldenImageOnAnArrayAndOnALogicalVolume(t *testing.T) {
 			m := goldenLab(t, p, backup.ModeFreeze)
 			goldenIsTheBackup(t, p, m, goldenOf(t, p, m, p.other, p.other))
 		})
+	}
+}
+
+// goldenOfAnotherHost: somebody else is at it, so nothing is made here.
+func (p *production) goldenOfAnotherHost(m backup.Manifest) {
+	p.t.Helper()
+	ctx := p.t.Context()
+	e, err := p.flow.Catalog.Backup(ctx, m.ID)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	theirs := backup.Intent{ID: backup.GoldenID(m.ID, e.Digest), Cluster: "lab", Host: "elsewhere", Golden: m.ID}
+	if err := p.flow.Catalog.PutIntent(ctx, theirs); err != nil {
+		p.t.Fatal(err)
+	}
+	if id, err := p.other.Golden(ctx, m.ID); !errors.Is(err, backup.ErrInUse) || !strings.Contains(err.Error(), "elsewhere") {
+		p.t.Errorf("got %s, %v, want that host elsewhere makes it", id, err)
+	}
+	if candidates, err := p.flow.PruneFacts(ctx); err != nil || len(candidates) != 1 || candidates[0].ID != m.ID || candidates[0].Begun != "" {
+		p.t.Errorf("while it is made retention counts %+v, %v", candidates, err)
+	}
+	if err := p.flow.Catalog.EndIntent(ctx, theirs.ID); err != nil {
+		p.t.Fatal(err)
 	}
 }
 
