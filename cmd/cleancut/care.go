@@ -21,7 +21,9 @@ func (a *app) deleteCommand() *cobra.Command {
 		Short: "Delete one backup for good: its snapshots as a whole set, its records, its dumps",
 		Long: `Delete one backup for good: its snapshots as a whole set, its records, its dumps.
 A backup that is held is refused (see "cleancut hold"), and so is the last one
-with a good verdict unless --force-last is given (exit status 2).`,
+with a good verdict unless --force-last is given (exit status 2). Its golden
+image (see "cleancut golden") goes with it; a golden image that is held refuses
+both. Copies that stand stay.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			id, err := backup.ParseID(args[0])
 			if err != nil {
@@ -31,8 +33,16 @@ with a good verdict unless --force-last is given (exit status 2).`,
 			if err != nil {
 				return err
 			}
+			golden, err := f.GoldenOf(c.Context(), id)
+			if err != nil {
+				return err
+			}
+			with := ""
+			for _, g := range golden {
+				with += " and its golden image " + string(g)
+			}
 			if !yes && isTerminal(os.Stdin) && isTerminal(a.err) {
-				fmt.Fprintf(a.err, "delete backup %s of cluster %s for good? [y/N] ", id, f.Cluster)
+				fmt.Fprintf(a.err, "delete backup %s%s of cluster %s for good? [y/N] ", id, with, f.Cluster)
 				answer, _ := bufio.NewReader(os.Stdin).ReadString('\n')
 				if strings.ToLower(strings.TrimSpace(answer)) != "y" {
 					return fmt.Errorf("%w: not deleted", backup.ErrUsage)
@@ -45,7 +55,7 @@ with a good verdict unless --force-last is given (exit status 2).`,
 			if err := remove(c.Context(), id); err != nil {
 				return err
 			}
-			return a.print(map[string]any{"deleted": id}, func() { a.line("backup %s is deleted", id) })
+			return a.print(map[string]any{"deleted": id, "golden_deleted": golden}, func() { a.line("backup %s is deleted%s", id, strings.ReplaceAll(with, " and ", ", and so is ")) })
 		},
 	}
 	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask on a terminal")

@@ -26,6 +26,7 @@ type listed struct {
 	Dumps    int                `json:"dumps"`
 	Held     bool               `json:"held"`
 	Age      float64            `json:"age_seconds"`
+	GoldenOf backup.ID          `json:"golden_of,omitempty"` // it is the golden image of that backup
 }
 
 func entryLine(e catalog.Entry) listed {
@@ -42,6 +43,9 @@ func entryLine(e catalog.Entry) listed {
 		if e.Manifest.ID != "" {
 			l.State = "incomplete"
 		}
+	}
+	if g := e.Manifest.Golden; g != nil {
+		l.GoldenOf = g.Of
 	}
 	if n := len(e.Verdicts); n > 0 {
 		l.Verdict = e.Verdicts[n-1].Word() + " (" + string(e.Verdicts[n-1].Level) + ")"
@@ -82,7 +86,11 @@ func (a *app) listText(s settings, out []listed) {
 		if l.Held {
 			hold = "held"
 		}
-		rows = append(rows, []string{string(l.ID), age(l.Age), l.State, strings.TrimSpace(fmt.Sprintf("%s %s", l.Achieved, l.How)), fmt.Sprintf("%.0f ms", l.FreezeMS),
+		how := strings.TrimSpace(fmt.Sprintf("%s %s", l.Achieved, l.How))
+		if l.GoldenOf != "" {
+			how = "golden of " + string(l.GoldenOf)
+		}
+		rows = append(rows, []string{string(l.ID), age(l.Age), l.State, how, fmt.Sprintf("%.0f ms", l.FreezeMS),
 			fmt.Sprint(l.Volumes), l.Size.String(), l.Verdict, fmt.Sprint(l.Dumps), hold})
 	}
 	a.table(rows)
@@ -148,7 +156,10 @@ func (a *app) showText(e catalog.Entry) {
 	m := e.Manifest
 	a.line("backup %s of cluster %s, cut on %s at %s by cleancut %s", m.ID, m.Cluster, m.Host, m.Created.Format(time.RFC3339), m.Tool)
 	a.line("\ncut: %s (%s), frozen %.1f ms, requests within %.1f ms, syncfs rounds %.0f ms", m.Cut.Achieved, m.Cut.How, m.Cut.FreezeMS, m.Cut.SpreadMS, m.Cut.SyncRounds)
-	if b := m.Bracket; b != nil {
+	if g := m.Golden; g != nil {
+		a.line("golden image of backup %s (its manifest: %s): recovered, checked, shut down at %s on timeline %d", g.Of, g.Digest, m.Cut.FlushLSN, m.Server.Timeline)
+		a.checksText(g.Checks)
+	} else if b := m.Bracket; b != nil {
 		a.line("  backup mode from %s to %s on timeline %d, consistent at %s, %s of WAL kept with it", b.StartLSN, b.StopLSN, b.Timeline, b.End, plural(len(b.WAL), "segment"))
 		if b.Standby() {
 			a.line("  of a standby, with its pg_control")

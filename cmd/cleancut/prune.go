@@ -48,7 +48,8 @@ is deleted (exit status 2).
 Only complete backups count. Never deleted: what is held, in use by a copy, of
 the future, or unreadable; the newest backup with a good verdict; and while none
 has one, the newest 3 and the damaged ones. What is incomplete is left to sweep.
-A damaged backup takes no place of a sound one.
+A damaged backup takes no place of a sound one. Golden images count for nothing
+and go with their backup, or after it, unless they are held or in use.
 
 The WAL in the catalog follows. Without --wal-window all stays that a kept
 backup can be recovered by. With it every moment of that window stays

@@ -142,8 +142,8 @@ func TestDecodeManifestRefuses(t *testing.T) {
 	}{
 		"nothing":                            {nil, "cut short"},
 		"a torn file":                        {whole[:len(whole)/2], "cut short"},
-		"a newer version, whatever is in it": {[]byte(`{"version": 5, "nowhere": {"to": "be found"}}`), "version 5"},
-		"no version":                         {replaced(`"version": 4`, `"version": 0`), "no version"},
+		"a newer version, whatever is in it": {[]byte(`{"version": 6, "nowhere": {"to": "be found"}}`), "version 6"},
+		"no version":                         {replaced(`"version": 5`, `"version": 0`), "no version"},
 		"an unknown key":                     {replaced(`"tool":`, `"tol":`), "tol"},
 		"something after the end":            {append(slices.Clone(whole), '}'), "cut short"},
 		"two manifests":                      {append(slices.Clone(whole), whole...), "cut short"},

@@ -33,6 +33,7 @@ const (
 	CheckRecovered = "recovered"
 	CheckFlushed   = "flushed WAL reached"
 	CheckOwner     = "the owner's own look"
+	CheckChecksums = "page checksums (pg_checksums)" // could not run where the cluster has none
 
 	filesystemCheck = " check of "
 )

@@ -71,6 +71,9 @@ func (f *Flow) Restore(ctx context.Context, o RestoreOptions) (r Restored, relea
 	if m.Cut.Achieved == backup.Torn && !o.AllowTorn {
 		return r, nil, fmt.Errorf("backup %s is %s: the drill made it, and nothing else restores it: %w", m.ID, m.Cut.Achieved, backup.ErrUnsupported)
 	}
+	if err := refuseGolden(m, o); err != nil {
+		return r, nil, err
+	}
 	if o.CrashOnly && m.Bracket != nil {
 		// What was flushed when backup mode began is all that is known to have
 		// been flushed before the first cut.

@@ -8,6 +8,6 @@ import (
 
 // PruneFacts is what backup.PlanRetention decides by.
 func (f *Flow) PruneFacts(ctx context.Context) ([]backup.Candidate, error) {
-	backups, err := f.backupFacts(ctx)
+	backups, _, err := f.backupFacts(ctx)
 	return candidates(backups), err
 }

@@ -4,6 +4,7 @@
 //	Backup:  lock → discover → intent → cut → manifest → complete
 //	Restore: manifest → ledger → volumes → devices → mount → recover
 //	Verify, Dump: Restore → checks or dump → Undo
+//	Golden: Restore → checks → stop → intent → cut → manifest → complete → Undo
 //	Delete, Sweep: plan → apply
 //
 // What always holds: an intent or a ledger is written before the first thing

@@ -81,6 +81,9 @@ func (f *Flow) Produce(ctx context.Context, o ProductionOptions) (p Produced, er
 		return p, err
 	}
 	m := entry.Manifest
+	if err := refuseGolden(m, RestoreOptions{production: &backup.Production{}}); err != nil {
+		return p, err
+	}
 	files, err := f.sideContents(ctx, m)
 	if err != nil {
 		return p, err

@@ -13,8 +13,9 @@ import (
 	"cleancut/internal/wal"
 )
 
-// Delete takes one backup away for good. A held one is refused, and so is the
-// last one with a good verdict: see DeleteLast.
+// Delete takes one backup away for good, and then its golden images. A held one
+// is refused, as is one of which a golden image is held, and the last one with a
+// good verdict: see DeleteLast.
 func (f *Flow) Delete(ctx context.Context, id backup.ID) error {
 	last, err := f.lastGood(ctx, id)
 	if err != nil {
@@ -24,11 +25,48 @@ func (f *Flow) Delete(ctx context.Context, id backup.ID) error {
 		return backup.Hint(fmt.Errorf("%w: backup %s is the last one with a good verdict", backup.ErrUsage, id),
 			"verify another one first (`cleancut list`, `cleancut verify ID`); to delete it all the same: `cleancut delete --force-last "+string(id)+"`")
 	}
-	return f.deleteBackup(ctx, id)
+	return f.DeleteLast(ctx, id)
 }
 
 // DeleteLast is Delete for a backup that may be the last proven one.
-func (f *Flow) DeleteLast(ctx context.Context, id backup.ID) error { return f.deleteBackup(ctx, id) }
+func (f *Flow) DeleteLast(ctx context.Context, id backup.ID) error {
+	golden, err := f.goldenOf(ctx, id)
+	if err != nil {
+		return err
+	}
+	for _, g := range golden {
+		if err := heldError(g.ID, g.Held(time.Now())); err != nil {
+			return err
+		}
+	}
+	if err := f.deleteBackup(ctx, id); err != nil {
+		return err
+	}
+	for _, g := range golden {
+		if err := f.deleteBackup(ctx, g.ID); err != nil {
+			return backup.Hint(fmt.Errorf("backup %s is deleted, its golden image %s is not: %w", id, g.ID, err), "`cleancut delete "+string(g.ID)+"`, or the next prune")
+		}
+	}
+	return nil
+}
+
+// GoldenOf returns the golden images of a backup.
+func (f *Flow) GoldenOf(ctx context.Context, id backup.ID) ([]backup.ID, error) {
+	entries, err := f.goldenOf(ctx, id)
+	ids := []backup.ID{}
+	for _, e := range entries {
+		ids = append(ids, e.ID)
+	}
+	return ids, err
+}
+
+func (f *Flow) goldenOf(ctx context.Context, id backup.ID) ([]catalog.Entry, error) {
+	entries, err := f.Catalog.Backups(ctx)
+	if errors.Is(err, backup.ErrNotFound) { // then nothing is
+		return nil, nil
+	}
+	return slices.DeleteFunc(entries, func(e catalog.Entry) bool { return e.Manifest.Golden == nil || e.Manifest.Golden.Of != id }), err
+}
 
 // lastGood reports whether of all backups only that one has a good verdict.
 func (f *Flow) lastGood(ctx context.Context, id backup.ID) (bool, error) {
@@ -52,7 +90,7 @@ func (f *Flow) lastGood(ctx context.Context, id backup.ID) (bool, error) {
 
 // proven: a backup that can be restored, and whose newest verdict is good.
 func proven(e catalog.Entry) bool {
-	return stateOf(e) == Complete && e.Manifest.Cut.Achieved != backup.Torn && verdictOf(e) == backup.Good
+	return stateOf(e) == Complete && e.Manifest.Cut.Achieved != backup.Torn && e.Manifest.Golden == nil && verdictOf(e) == backup.Good
 }
 
 // verdictOf is the newest verdict; with some that cannot be read nobody knows
@@ -81,6 +119,9 @@ func (f *Flow) deleteBackup(ctx context.Context, id backup.ID) error {
 		return err
 	}
 	intent := backup.Intent{ID: id, Cluster: f.Cluster, Host: f.Host, Deletes: true, Tags: backup.Tags{backup.TagBackup: string(id), backup.TagCluster: f.Cluster}}
+	if g := e.Manifest.Golden; g != nil {
+		intent.Golden = g.Of
+	}
 	err = f.Catalog.PutIntent(ctx, intent)
 	if again := errors.Is(err, backup.ErrExists); !again {
 		if err == nil {
@@ -166,36 +207,45 @@ func (f *Flow) Release(ctx context.Context, id backup.ID) ([]backup.Hold, error)
 	return f.Catalog.ReleaseHolds(ctx, id)
 }
 
-// backupFacts gathers what retention knows of the backups, also by intents of
-// which the catalog has nothing else yet. What of it cannot be told is an error:
-// nothing is removed on half the facts.
-func (f *Flow) backupFacts(ctx context.Context) ([]wal.Backup, error) {
+// backupFacts gathers what retention knows of the backups and of their golden
+// images, also by intents of which the catalog has nothing else yet. What of it
+// cannot be told is an error: nothing is removed on half the facts.
+func (f *Flow) backupFacts(ctx context.Context) (out []wal.Backup, golden []backup.GoldenCandidate, err error) {
 	entries, err := f.Catalog.Backups(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	intents, err := f.Catalog.Intents(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	used, err := f.inUse(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	now := time.Now()
-	var out []wal.Backup
-	for _, e := range entries {
-		out = append(out, backupFact(e, used[e.ID], now))
-	}
+	begins := map[backup.ID]string{}
 	for _, i := range intents {
-		n := slices.IndexFunc(out, func(b wal.Backup) bool { return b.ID == i.ID })
-		if n < 0 {
-			out = append(out, wal.Backup{Candidate: backup.Candidate{ID: i.ID, Incomplete: true}})
-			n = len(out) - 1
+		begins[i.ID] = begun(i)
+		known := slices.ContainsFunc(entries, func(e catalog.Entry) bool { return e.ID == i.ID })
+		switch {
+		case i.Golden != "": // also without a manifest it is no backup
+			entries = slices.DeleteFunc(entries, func(e catalog.Entry) bool { return e.ID == i.ID })
+			golden = append(golden, backup.GoldenCandidate{ID: i.ID, Of: i.Golden, Begun: begun(i)})
+		case !known:
+			out = append(out, wal.Backup{Candidate: backup.Candidate{ID: i.ID, Incomplete: true, Begun: begun(i)}})
 		}
-		out[n].Begun = begun(i)
 	}
-	return out, nil
+	for _, e := range entries {
+		if g := e.Manifest.Golden; g != nil {
+			golden = append(golden, backup.GoldenCandidate{ID: e.ID, Of: g.Of, Begun: begins[e.ID], Held: e.Held(now), InUse: used[e.ID]})
+			continue
+		}
+		b := backupFact(e, used[e.ID], now)
+		b.Begun = begins[e.ID]
+		out = append(out, b)
+	}
+	return out, golden, nil
 }
 
 func backupFact(e catalog.Entry, used string, now time.Time) wal.Backup {
@@ -307,6 +357,10 @@ func (f *Flow) pruneOne(ctx context.Context, id backup.ID) (kept string, err err
 	}
 	if used[id] != "" {
 		return "in use since the plan was made: " + used[id], nil
+	}
+	e, err := f.Catalog.Backup(ctx, id)
+	if g := e.Manifest.Golden; err == nil && g != nil && !f.gone(ctx, g.Of) {
+		return "backup " + string(g.Of) + " is there, whose golden image it is", nil
 	}
 	switch err := f.deleteBackup(ctx, id); {
 	case errors.Is(err, backup.ErrHeld) && !errors.Is(err, backup.ErrLeft):

@@ -22,7 +22,7 @@ type PrunePlan struct {
 // window of WAL needs, and which WAL goes. What cannot be told of the backups is
 // an error; what cannot be told of the WAL keeps WAL, and the plan says why.
 func (f *Flow) PlanPrune(ctx context.Context, rules backup.Retention, window backup.Span) (p PrunePlan, err error) {
-	facts, any, err := f.walFacts(ctx, window)
+	facts, golden, any, err := f.walFacts(ctx, window)
 	if err != nil {
 		return p, err
 	}
@@ -33,8 +33,16 @@ func (f *Flow) PlanPrune(ctx context.Context, rules backup.Retention, window bac
 			facts.Backups[i].Needed = anchors[b.ID]
 		}
 	}
-	if p.Keep, p.Remove, err = backup.PlanRetention(candidates(facts.Backups), rules, now); err != nil || !any {
+	if p.Keep, p.Remove, err = backup.PlanRetention(candidates(facts.Backups), rules, now); err != nil {
 		return p, err
+	}
+	// Those that go come after the backups: where one stays after all, they do.
+	keep, remove := backup.PlanGolden(golden, func(id backup.ID) bool {
+		return slices.ContainsFunc(p.Keep, func(c backup.Choice) bool { return c.ID == id })
+	})
+	p.Keep, p.Remove = append(p.Keep, keep...), append(slices.Clip(p.Remove), remove...)
+	if !any {
+		return p, nil
 	}
 	facts.Backups = slices.DeleteFunc(facts.Backups, func(b wal.Backup) bool {
 		return slices.ContainsFunc(p.Remove, func(c backup.Choice) bool { return c.ID == b.ID })
@@ -79,28 +87,29 @@ func (f *Flow) PruneByRules(ctx context.Context, rules backup.Retention, window 
 }
 
 // walFacts gathers what the retention of WAL is decided by. The WAL is listed
-// before the backups: one that is made meanwhile is among them.
-func (f *Flow) walFacts(ctx context.Context, window backup.Span) (facts wal.Facts, any bool, err error) {
+// before the backups: one that is made meanwhile is among them. Golden images are
+// none of them: the WAL behind them is not production's.
+func (f *Flow) walFacts(ctx context.Context, window backup.Span) (facts wal.Facts, golden []backup.GoldenCandidate, any bool, err error) {
 	facts.Window = window
 	if facts.Files, err = f.Catalog.WAL().List(ctx); err != nil {
-		return facts, false, err
+		return facts, nil, false, err
 	}
 	facts.System, err = f.Catalog.WAL().System(ctx)
 	switch {
 	case errors.Is(err, backup.ErrNotFound), errors.Is(err, backup.ErrDamage):
 		facts.Doubt = "nobody knows whose WAL this is: " + err.Error()
 	case err != nil:
-		return facts, false, err
+		return facts, nil, false, err
 	}
 	known, unread := f.histories(ctx, facts.Files)
 	for _, err := range unread {
 		if !errors.Is(err, backup.ErrNotFound) && !errors.Is(err, backup.ErrDamage) {
-			return facts, false, err
+			return facts, nil, false, err
 		}
 	}
 	facts.Histories = known
-	facts.Backups, err = f.backupFacts(ctx)
-	return facts, len(facts.Files) > 0, err
+	facts.Backups, golden, err = f.backupFacts(ctx)
+	return facts, golden, len(facts.Files) > 0, err
 }
 
 // PrunedWAL is what became of the WAL that was to be removed.
@@ -121,7 +130,7 @@ const pageOfWAL = 256
 // for one, and then plans again. It may be stopped at any point, run again, and
 // run twice at the same time: what is left is unbroken. The first error ends it.
 func (f *Flow) PruneWAL(ctx context.Context, window backup.Span) (*PrunedWAL, error) {
-	facts, any, err := f.walFacts(ctx, window)
+	facts, _, any, err := f.walFacts(ctx, window)
 	if err != nil || !any {
 		return nil, err
 	}
@@ -150,7 +159,7 @@ func (f *Flow) deleteWAL(ctx context.Context, out *PrunedWAL, planned []wal.Back
 			if used[id] {
 				continue
 			}
-			facts, _, err := f.walFacts(ctx, out.Window)
+			facts, _, _, err := f.walFacts(ctx, out.Window)
 			if err != nil {
 				return err
 			}

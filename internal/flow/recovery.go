@@ -187,7 +187,7 @@ func (f *Flow) Nearest(ctx context.Context, moment time.Time) (backup.ID, error)
 	var best backup.ID
 	var latest time.Time
 	for _, e := range entries {
-		if e.Err != nil || e.Complete.ID == "" || e.Manifest.Cut.Achieved == backup.Torn {
+		if e.Err != nil || e.Complete.ID == "" || e.Manifest.Cut.Achieved == backup.Torn || e.Manifest.Golden != nil {
 			continue
 		}
 		if _, cut := e.Manifest.Span(); !cut.After(moment) && cut.After(latest) {

@@ -106,6 +106,7 @@ func TestPlanSweep(t *testing.T) {
 		{"volumes in production's place without a ledger", flow.Facts{Inventory: provider.Inventory{Volumes: []provider.Volume{stored(volume(second, "prod", "main", ""))}}}, "leave copy " + string(second), "storage destroy main"},
 		{"a copy for verify that is ready", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForVerify, true)}}, "remove copy copy " + string(second), "its verify or its removal was interrupted"},
 		{"a copy for a dump that is ready", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForDump, true)}}, "remove copy copy " + string(second), "its dump or its removal was interrupted"},
+		{"a copy for a golden image that is ready", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForGolden, true)}}, "remove copy copy " + string(second), "its golden or its removal was interrupted"},
 		{"a copy that somebody works on", flow.Facts{Copies: []backup.Copy{standing(second, backup.ForVerify, false)}, Busy: map[string]bool{"copy-" + string(second): true}}, "leave copy " + string(second), "in use by a running verify"},
 		{"volumes of a copy that this host's state does not know", flow.Facts{Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "main", ""), volume(second, "prod", "main", "")}}}, "remove copy copy " + string(second), "knows nothing of it"},
 		{"the same, attached", flow.Facts{Inventory: provider.Inventory{Volumes: []provider.Volume{volume(second, "prod", "main", "/dev/loop7")}}}, "leave copy " + string(second), "attached as /dev/loop7"},
@@ -158,7 +159,7 @@ func anything(r *rand.Rand) flow.Facts {
 		x.Backups[id()] = flow.BackupState(name(string(flow.Complete), string(flow.Taken), string(flow.Incomplete), string(flow.Doubtful)))
 	}
 	for range r.IntN(3) {
-		x.Copies = append(x.Copies, standing(id(), backup.Purpose(name("restore", "verify", "dump", "standby")), r.IntN(2) == 0))
+		x.Copies = append(x.Copies, standing(id(), backup.Purpose(name("restore", "verify", "dump", "standby", "golden")), r.IntN(2) == 0))
 	}
 	for range r.IntN(3) {
 		x.Busy[name("backup-main", "backup-else", "copy-"+string(first), "copy-"+string(second))] = true

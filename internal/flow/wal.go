@@ -197,7 +197,7 @@ func (f *Flow) ListWAL(ctx context.Context) (out WALList, err error) {
 	}
 	facts := wal.Facts{System: system, Files: files, Histories: known}
 	for _, e := range entries {
-		if e.Err == nil && e.Manifest.Cut.Achieved != backup.Torn && e.Manifest.Server.SystemIdentifier == system.Identifier {
+		if e.Err == nil && e.Manifest.Cut.Achieved != backup.Torn && e.Manifest.Golden == nil && e.Manifest.Server.SystemIdentifier == system.Identifier {
 			out.Backups = append(out.Backups, out.reach(e.Manifest))
 			facts.Backups = append(facts.Backups, backupFact(e, "", time.Now()))
 		}

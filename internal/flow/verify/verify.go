@@ -63,7 +63,7 @@ func Run(ctx context.Context, o Options) (backup.Verdict, error) {
 	})
 	r.check(ctx, "server log", r.serverLog)
 	if o.Level == backup.LevelFull {
-		r.check(ctx, "page checksums (pg_checksums)", r.checksums)
+		r.check(ctx, backup.CheckChecksums, r.checksums)
 	}
 	if o.Level == backup.LevelFull && !o.Image {
 		r.filesystems(ctx)
