@@ -115,7 +115,7 @@ func dangerStart(ctx context.Context, t *testing.T, p postgres.Plan, layers []po
 	}
 	c := startable(t, p)
 	c.Without(layers...)
-	c.Standby = p.Standby
+	c.Standby, c.NoFsync = p.Standby, true
 	for _, f := range change {
 		f(&c)
 	}
