@@ -69,11 +69,8 @@ func (i *Instance) await(ctx context.Context, died <-chan error, offset int64) e
 // A server that does not take connections yet is not out of it; any other
 // refusal of a session is an error, because waiting does not mend it.
 func (i *Instance) ask(ctx context.Context) (done bool, err error) {
-	conn, err := i.Connect(ctx, "postgres")
+	conn, err := i.connectAnywhere(ctx)
 	var pg *pgconn.PgError
-	if errors.As(err, &pg) && pg.Code == sqlNoDatabase {
-		conn, err = i.Connect(ctx, "template1")
-	}
 	switch {
 	case errors.As(err, &pg) && pg.Code != sqlCannotConnectNow:
 		return false, withHint(notUp{fmt.Errorf("the server runs but lets nobody in: %w", err)}, pg.Message)
@@ -93,6 +90,17 @@ func (i *Instance) ask(ctx context.Context) (done bool, err error) {
 		i.EndOfRecovery, err = backup.ParseLSN(*replayed)
 	}
 	return err == nil, err
+}
+
+// connectAnywhere opens a session for what concerns the whole server: not
+// every cluster has a database postgres.
+func (i *Instance) connectAnywhere(ctx context.Context) (*pgx.Conn, error) {
+	conn, err := i.Connect(ctx, "postgres")
+	var pg *pgconn.PgError
+	if errors.As(err, &pg) && pg.Code == sqlNoDatabase {
+		return i.Connect(ctx, "template1")
+	}
+	return conn, err
 }
 
 // Connect opens a session in database, as the superuser of the copy.

@@ -93,7 +93,7 @@ func Dangers() []Danger {
 		{Name: "prepared transactions", Does: "keep their locks, and hold back VACUUM, for a coordinator that settles production's",
 			Layers: []Layer{layerDisarm}, Source: "twophase.c"},
 		{Name: "subscriptions that somebody starts", Does: "a clone whose settings were changed consumes production's changes",
-			Layers: []Layer{layerSubscriptions, layerDisarm}, Source: "subscriptioncmds.c, DropSubscription"},
+			Layers: []Layer{layerDisarm}, Source: "subscriptioncmds.c, DropSubscription"},
 	}
 }
 

@@ -119,7 +119,7 @@ func (i *Instance) openGate(ctx context.Context, listen string) error {
 // when the postmaster has read that.
 func (i *Instance) admit(ctx context.Context, from string) error {
 	loaded := func(query string) (at, method string, err error) {
-		conn, err := i.Connect(ctx, "postgres") // a new session: it has what the postmaster has
+		conn, err := i.connectAnywhere(ctx) // a new session: it has what the postmaster has
 		if err != nil {
 			return "", "", err
 		}
@@ -374,7 +374,8 @@ func uidOf(pid int) (uid int, known bool) {
 	return 0, false
 }
 
-// endGates ends the gates of the copy in root and returns when they are gone.
+// endGates ends the gates of the copy in root and returns when they are gone,
+// also when ctx has ended: it takes 20 seconds at most.
 func endGates(ctx context.Context, root string) error {
 	pids, err := gatesOf(root)
 	if err != nil {
@@ -404,7 +405,7 @@ func endGate(ctx context.Context, pid int, root string) error {
 		if err := h.signal(sig); err != nil {
 			return err
 		}
-		if gone, err := h.wait(ctx, quitPatience); gone || err != nil {
+		if gone, err := h.wait(context.WithoutCancel(ctx), quitPatience); gone || err != nil {
 			return err
 		}
 	}

@@ -64,15 +64,12 @@ func Open(ctx context.Context, root string) (*Instance, error) {
 // After five minutes, or when ctx ends, an immediate shutdown follows; that,
 // and a control file that does not say "shut down" afterwards, are errors,
 // because what verification does next needs a clean stop. The gate of the copy
-// ends with it.
+// ends first: a client that connects and says nothing would hold up the
+// server's end for authentication_timeout (PM_WAIT_DEAD_END).
 func (i *Instance) Stop(ctx context.Context) error {
-	err := i.stop(ctx)
-	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), killPatience)
-	defer cancel()
-	return errors.Join(err, endGates(undo, i.Root))
-}
-
-func (i *Instance) stop(ctx context.Context) error {
+	if err := endGates(ctx, i.Root); err != nil {
+		return fmt.Errorf("stop the copy in %s: %w", i.Root, err)
+	}
 	h, err := hold(i.PID)
 	if errors.Is(err, backup.ErrNotFound) {
 		return nil

@@ -156,10 +156,30 @@ func recoverCopy(ctx context.Context, o Options, c *backup.Copy) (*postgres.Inst
 	if instance.NetworkNote != "" {
 		o.Progress("network", "NOT isolated, the copy's server shares the host's network: "+instance.NetworkNote)
 	}
+	if o.Standby == nil {
+		tellPrepared(ctx, o, instance)
+	}
 	c.SocketDir, c.Port, c.Superuser = instance.SocketDir, instance.Port, instance.Superuser
 	c.EndOfRecovery, c.FirstQuery = instance.EndOfRecovery, instance.FirstQuery.Seconds()
 	c.Answered = time.Since(c.Created).Seconds()
 	return instance, nil
+}
+
+// tellPrepared says which transactions are in doubt in the copy: they keep
+// their locks, and whoever coordinates them settles those of production only.
+func tellPrepared(ctx context.Context, o Options, i *postgres.Instance) {
+	all, err := i.ListPrepared(ctx)
+	if err != nil {
+		o.Progress("prepared", "the transactions in doubt cannot be listed: "+err.Error())
+	}
+	if len(all) == 0 {
+		return
+	}
+	names := make([]string, len(all))
+	for k, p := range all {
+		names[k] = fmt.Sprintf("%q of database %s", p.GID, p.Database)
+	}
+	o.Progress("prepared", fmt.Sprintf("%d transactions are in doubt and keep their locks (ROLLBACK PREPARED): %s", len(all), strings.Join(names, ", ")))
 }
 
 // start starts the server and serves it WAL until it is out of recovery. An
