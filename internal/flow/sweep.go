@@ -24,6 +24,7 @@ const (
 	FinishBackup ActionKind = "finish backup"
 	EndIntent    ActionKind = "end intent"
 	RemoveCopy   ActionKind = "remove copy"
+	RemoveDump   ActionKind = "remove dump"
 	OnlyList     ActionKind = "leave"
 )
 
@@ -34,6 +35,8 @@ type Action struct {
 	Why    string        `json:"why"`
 	Intent backup.Intent `json:"-"`
 	Copy   backup.Copy   `json:"-"`
+
+	Dump backup.DumpBegun `json:"-"`
 }
 
 // Facts is all that PlanSweep decides by.
@@ -43,8 +46,9 @@ type Facts struct {
 	Intents   []backup.Intent
 	Backups   map[backup.ID]BackupState // what the catalog holds of each
 	Held      map[backup.ID]bool
-	Copies    []backup.Copy   // ledgers of this host
-	Busy      map[string]bool // locks that somebody holds
+	Copies    []backup.Copy      // ledgers of this host
+	Dumps     []backup.DumpBegun // without a manifest
+	Busy      map[string]bool    // locks that somebody holds
 	Inventory provider.Inventory
 }
 
@@ -66,7 +70,7 @@ const (
 // no snapshot merely because this catalog does not know it: the catalog given
 // may be the wrong one.
 func PlanSweep(x Facts) []Action {
-	out := slices.Concat(planIntents(x), planCopies(x))
+	out := slices.Concat(planIntents(x), planCopies(x), planDumps(x))
 	for id, n := range strangers(x) {
 		out = append(out, Action{Kind: OnlyList, Name: "snapshots of backup " + string(id), Why: fmt.Sprintf("%d snapshots of cluster %s that this catalog does not know", n, x.Cluster)})
 	}
@@ -208,6 +212,9 @@ func (f *Flow) SweepFacts(ctx context.Context) (x Facts, err error) {
 	if err != nil {
 		return x, err
 	}
+	if err := f.dumpFacts(ctx, &x, entries); err != nil {
+		return x, err
+	}
 	for _, e := range entries {
 		x.Backups[e.ID] = stateOf(e)
 		x.Held[e.ID] = e.Held(time.Now()) != ""
@@ -238,7 +245,7 @@ func (f *Flow) Sweep(ctx context.Context, plan []Action) error {
 	if _, err := f.Catalog.Tidy(ctx, halfWritten); err != nil {
 		errs = append(errs, fmt.Errorf("half-written objects of the catalog: %w", err))
 	}
-	if err := f.sweepWALDumps(); err != nil {
+	if err := f.sweepFolders(ctx); err != nil {
 		errs = append(errs, err)
 	}
 	for _, a := range plan {
@@ -257,8 +264,11 @@ func (f *Flow) Sweep(ctx context.Context, plan []Action) error {
 
 func (f *Flow) sweepOne(ctx context.Context, a Action) error {
 	name := lockBackup(f.Cluster)
-	if a.Kind == RemoveCopy {
+	switch a.Kind {
+	case RemoveCopy:
 		name = lockCopy(a.Copy.ID)
+	case RemoveDump:
+		name = lockDump(a.Dump)
 	}
 	if a.Kind == OnlyList {
 		return nil
@@ -289,6 +299,8 @@ func (f *Flow) sweepOne(ctx context.Context, a Action) error {
 			return err
 		}
 		return f.takeDown(ctx, a.Copy)
+	case RemoveDump:
+		return f.removeBegun(ctx, a.Dump)
 	}
 	return fmt.Errorf("unknown action %q", a.Kind)
 }
