@@ -22,8 +22,9 @@ type listed struct {
 	Volumes  int                `json:"volumes"`
 	Size     backup.Bytes       `json:"size"` // of all volumes
 	FreezeMS float64            `json:"freeze_ms"`
-	Verdict  string             `json:"verdict"` // good, damaged, none
-	Dumps    int                `json:"dumps"`
+	Verdict  string             `json:"verdict"`               // good, damaged, none
+	Dumps    int                `json:"dumps"`                 // whole ones
+	Newest   string             `json:"newest_dump,omitempty"` // of them: "3 of 4 databases"
 	Held     bool               `json:"held"`
 	Age      float64            `json:"age_seconds"`
 	GoldenOf backup.ID          `json:"golden_of,omitempty"` // it is the golden image of that backup
@@ -31,7 +32,7 @@ type listed struct {
 
 func entryLine(e catalog.Entry) listed {
 	l := listed{ID: e.ID, Cluster: e.Manifest.Cluster, State: "complete", Achieved: e.Manifest.Cut.Achieved, How: e.Manifest.Cut.How,
-		Volumes: len(e.Manifest.Snapshots), FreezeMS: e.Manifest.Cut.FreezeMS, Verdict: "none", Dumps: len(e.Dumps), Age: time.Since(e.ID.Time()).Seconds(), Held: e.Held(time.Now()) != ""}
+		Volumes: len(e.Manifest.Snapshots), FreezeMS: e.Manifest.Cut.FreezeMS, Verdict: "none", Age: time.Since(e.ID.Time()).Seconds(), Held: e.Held(time.Now()) != ""}
 	for _, s := range e.Manifest.Snapshots {
 		l.Size += s.Volume.Size
 	}
@@ -68,7 +69,11 @@ func (a *app) listCommand() *cobra.Command {
 			}
 			out := []listed{}
 			for _, e := range entries {
-				out = append(out, entryLine(e))
+				l := entryLine(e)
+				if l.Dumps, l.Newest, err = countDumps(c.Context(), cat, e); err != nil {
+					return err
+				}
+				out = append(out, l)
 			}
 			return a.print(map[string]any{"cluster": s.name, "backups": out}, func() { a.listText(s, out) })
 		},
@@ -91,7 +96,7 @@ func (a *app) listText(s settings, out []listed) {
 			how = "golden of " + string(l.GoldenOf)
 		}
 		rows = append(rows, []string{string(l.ID), age(l.Age), l.State, how, fmt.Sprintf("%.0f ms", l.FreezeMS),
-			fmt.Sprint(l.Volumes), l.Size.String(), l.Verdict, fmt.Sprint(l.Dumps), hold})
+			fmt.Sprint(l.Volumes), l.Size.String(), l.Verdict, strings.TrimSpace(fmt.Sprint(l.Dumps, " ", l.Newest)), hold})
 	}
 	a.table(rows)
 	if s.cluster.Provider == "local" {
@@ -132,27 +137,16 @@ func (a *app) showCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.print(map[string]any{"manifest": e.Manifest, "complete": e.Complete, "verdicts": e.Verdicts, "dumps": shownDumps(e.Dumps), "holds": shownHolds(e.Holds)}, func() { a.showText(e) })
+			dumps, err := a.shownDumps(c.Context(), cat, e)
+			if err != nil {
+				return err
+			}
+			return a.print(map[string]any{"manifest": e.Manifest, "complete": e.Complete, "verdicts": e.Verdicts, "dumps": dumps, "holds": shownHolds(e.Holds)}, func() { a.showText(e, dumps) })
 		},
 	}
 }
 
-// shownDump is a dump in the JSON of show.
-type shownDump struct {
-	Name     string       `json:"name"`
-	Size     backup.Bytes `json:"size"`
-	Modified time.Time    `json:"modified"`
-}
-
-func shownDumps(dumps []catalog.Dump) []shownDump {
-	out := []shownDump{}
-	for _, d := range dumps {
-		out = append(out, shownDump(d))
-	}
-	return out
-}
-
-func (a *app) showText(e catalog.Entry) {
+func (a *app) showText(e catalog.Entry, dumps []shownDump) {
 	m := e.Manifest
 	a.line("backup %s of cluster %s, cut on %s at %s by cleancut %s", m.ID, m.Cluster, m.Host, m.Created.Format(time.RFC3339), m.Tool)
 	a.line("\ncut: %s (%s), frozen %.1f ms, requests within %.1f ms, syncfs rounds %.0f ms", m.Cut.Achieved, m.Cut.How, m.Cut.FreezeMS, m.Cut.SpreadMS, m.Cut.SyncRounds)
@@ -183,8 +177,8 @@ func (a *app) showText(e catalog.Entry) {
 		a.verdictText(v)
 	}
 	a.holdsText(e)
-	for _, d := range e.Dumps {
-		a.line("dump %s, %s", d.Name, d.Size)
+	for _, d := range dumps {
+		a.dumpText(d)
 	}
 }
 

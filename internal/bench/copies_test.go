@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -19,17 +17,14 @@ import (
 	"cleancut/internal/backup"
 	"cleancut/internal/bench"
 	"cleancut/internal/flow"
-	"cleancut/internal/flow/dump"
 	"cleancut/internal/host"
 	"cleancut/internal/lab/labtest"
 	"cleancut/internal/load"
-	"cleancut/internal/postgres"
 )
 
 const (
-	pairs     = 3
-	zstdLevel = 1
-	rows      = 600_000 // people and words of the play database, some 300 MB
+	pairs = 3
+	rows  = 600_000 // people and words of the play database, some 300 MB
 )
 
 // BenchmarkCopy measures what is done with copies of one backup: recovery
@@ -53,6 +48,7 @@ func BenchmarkCopy(b *testing.B) {
 	c.stop(b)
 	b.Run("recover", func(b *testing.B) { once(b, func() { p.measureRecovery(b, m) }) })
 	b.Run("dump", func(b *testing.B) { once(b, func() { p.measureDump(b, m) }) })
+	b.Run("per-database", func(b *testing.B) { once(b, func() { p.measurePerDatabase(b, m) }) })
 	b.Run("memory", func(b *testing.B) { once(b, func() { p.measureMemory(b) }) })
 }
 
@@ -219,66 +215,4 @@ func (p *production) startByHand(ctx context.Context, b *testing.B, root, data s
 		redo = time.Duration(seconds * float64(time.Second))
 	}
 	return first, redo
-}
-
-// measureDump dumps one running copy in turn with cleancut's step and with
-// pg_dumpall | zstd of the same level and as many threads; both to nowhere.
-func (p *production) measureDump(b *testing.B, m backup.Manifest) {
-	b.Helper()
-	if _, err := exec.LookPath("zstd"); err != nil {
-		b.Skip("zstd is missing (make deps)")
-	}
-	r, release, err := p.flow.Restore(b.Context(), flow.RestoreOptions{ID: m.ID, Root: filepath.Join(p.dir, "dumped"), Purpose: backup.ForRestore})
-	if err != nil {
-		b.Fatal(err)
-	}
-	release()
-	defer p.removeCopy(b, r.Copy.Root)
-	var ours, theirs, bare, speed figures
-	var result dump.Result
-	var compressed int64
-	for range pairs + 1 {
-		if result, err = dump.Run(b.Context(), io.Discard, dump.Options{Instance: r.Instance, Level: zstdLevel}); err != nil {
-			b.Fatal(err)
-		}
-		var took, alone time.Duration
-		took, compressed = dumpByHand(b, r.Instance, "zstd", "-q", "-c", fmt.Sprintf("-%d", zstdLevel), "-T2")
-		alone, _ = dumpByHand(b, r.Instance, "cat")
-		ours, theirs, bare = append(ours, result.Seconds), append(theirs, took.Seconds()), append(bare, alone.Seconds())
-		speed = append(speed, took.Seconds()/result.Seconds)
-	}
-	ours, theirs, bare, speed = ours[1:], theirs[1:], bare[1:], speed[1:] // the first pair warms up
-	b.ReportMetric(ours.p50(), "cleancut-s")
-	b.ReportMetric(theirs.p50(), "pg_dumpall|zstd-s")
-	b.ReportMetric(speed.p50(), "speed-ratio")
-	b.Log(strings.Join([]string{
-		fmt.Sprintf("%s of SQL, zstd level %d, two threads each; cleancut %s, zstd %s compressed", result.SQL, zstdLevel, result.Compressed, backup.Bytes(compressed)),
-		fmt.Sprintf("cleancut:          %.2f s", []float64(ours)),
-		fmt.Sprintf("pg_dumpall | zstd: %.2f s", []float64(theirs)),
-		fmt.Sprintf("pg_dumpall | cat:  %.2f s", []float64(bare)),
-		fmt.Sprintf("speed of cleancut against zstd: %.2f", []float64(speed))}, "\n"))
-}
-
-// dumpByHand pipes pg_dumpall into a program and counts what that writes.
-func dumpByHand(b *testing.B, i *postgres.Instance, filter string, args ...string) (time.Duration, int64) {
-	b.Helper()
-	began := time.Now()
-	source := i.Command(b.Context(), "pg_dumpall")
-	sink := exec.CommandContext(b.Context(), filter, args...)
-	r, w, err := os.Pipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	var said strings.Builder
-	source.Stdout, source.Stderr, sink.Stdin = w, &said, r
-	out, err := sink.StdoutPipe()
-	err = errors.Join(err, sink.Start(), source.Start(), r.Close(), w.Close())
-	if err != nil {
-		b.Fatal(err)
-	}
-	n, err := io.Copy(io.Discard, out)
-	if err := errors.Join(err, source.Wait(), sink.Wait()); err != nil {
-		b.Fatalf("pg_dumpall | %s: %v\n%s", filter, err, said.String())
-	}
-	return time.Since(began), n
 }

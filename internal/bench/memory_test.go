@@ -23,7 +23,7 @@ func (p *production) measureMemory(b *testing.B) {
 	measure := func(args ...string) []byte {
 		own, watchdog, out := p.peak(b, args...)
 		whole, dog = max(whole, own), max(dog, watchdog)
-		line := fmt.Sprintf("%-8s %5.1f MiB", args[0], own)
+		line := fmt.Sprintf("%-60s %5.1f MiB", strings.Join(args, " "), own)
 		if watchdog > 0 {
 			line += fmt.Sprintf(", its watchdog %.1f MiB", watchdog)
 		}
@@ -46,6 +46,8 @@ func (p *production) measureMemory(b *testing.B) {
 	if err := json.Unmarshal(measure("dump", string(m.ID), "--json"), &dumped); err != nil {
 		b.Fatal(err)
 	}
+	measure("dump", string(m.ID), "--format", "per-database", "--jobs", "2")
+	measure("dump", "check", string(m.ID))
 	b.ReportMetric(whole, "tool-MiB")
 	b.ReportMetric(dog, "watchdog-MiB")
 	b.Log(strings.Join(append(table, fmt.Sprintf("databases of %s, a dump of %s of SQL", databases(m), dumped.Result.SQL)), "\n"))

@@ -22,8 +22,10 @@ func (c *Catalog) key(id backup.ID, parts ...string) (string, error) {
 	if _, err := backup.ParseID(string(id)); err != nil {
 		return "", err
 	}
-	if name := parts[len(parts)-1]; strings.Contains(name, "/") {
-		return "", fmt.Errorf("%w: name %q holds a slash", backup.ErrUsage, name)
+	for _, name := range parts {
+		if strings.Contains(name, "/") {
+			return "", fmt.Errorf("%w: name %q holds a slash", backup.ErrUsage, name)
+		}
 	}
 	key := "clusters/" + c.cluster + "/backups/" + string(id) + "/" + strings.Join(parts, "/")
 	return key, CheckKey(key)

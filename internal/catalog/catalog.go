@@ -7,10 +7,8 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"strconv"
 	"strings"
-	"time"
 
 	"cleancut/internal/backup"
 )
@@ -199,47 +197,6 @@ func (c *Catalog) SideFiles(ctx context.Context, id backup.ID) ([]string, error)
 		out = append(out, o.Key[strings.LastIndexByte(o.Key, '/')+1:])
 	}
 	return out, err
-}
-
-// Dump tells of an SQL dump in the catalog.
-type Dump struct {
-	Name     string
-	Size     backup.Bytes // as stored
-	Modified time.Time
-}
-
-// PutDump stores a dump of a backup under a name of the caller's choice, one
-// key part. r is read to its end without holding it in memory; where r fails,
-// nothing is stored.
-func (c *Catalog) PutDump(ctx context.Context, id backup.ID, name string, r io.Reader) error {
-	key, err := c.key(id, "dumps", name)
-	if err != nil {
-		return err
-	}
-	return c.store.Put(ctx, key, r)
-}
-
-// Dump opens a dump for reading; the caller closes it.
-func (c *Catalog) Dump(ctx context.Context, id backup.ID, name string) (io.ReadCloser, error) {
-	key, err := c.key(id, "dumps", name)
-	if err != nil {
-		return nil, err
-	}
-	return c.store.Get(ctx, key)
-}
-
-// Dumps returns the dumps of a backup, sorted by name.
-func (c *Catalog) Dumps(ctx context.Context, id backup.ID) ([]Dump, error) {
-	objects, err := c.list(ctx, id, "dumps")
-	return dumps(objects), err
-}
-
-func dumps(objects []Object) []Dump {
-	var out []Dump
-	for _, o := range objects {
-		out = append(out, Dump{Name: o.Key[strings.LastIndexByte(o.Key, '/')+1:], Size: o.Size, Modified: o.Modified})
-	}
-	return out
 }
 
 // PutIntent stores what is about to be made or deleted outside, before the

@@ -83,7 +83,7 @@ func TestNothingIsOverwritten(t *testing.T) {
 		_, errFile := c.PutSideFile(ctx, id, 0, "/x", nil)
 		errs := map[string]error{
 			"manifest": errManifest, "complete": c.PutComplete(ctx, *e.Complete), "side file": errFile,
-			"verdict": c.PutVerdict(ctx, v), "dump": c.PutDump(ctx, id, "d", strings.NewReader("")), "intent": c.PutIntent(ctx, i),
+			"verdict": c.PutVerdict(ctx, v), "dump": c.PutDumpPart(ctx, id, "d", "x", strings.NewReader("")), "intent": c.PutIntent(ctx, i),
 		}
 		if errFile == nil {
 			continue // the first time it is new
@@ -188,38 +188,106 @@ func TestASideFileIsCheckedAgainstItsDigest(t *testing.T) {
 	}
 }
 
-func TestDumpsAreStoredListedAndReadBack(t *testing.T) {
-	c, _ := open(t)
+func TestADumpIsWholeWithItsManifest(t *testing.T) {
+	c, root := open(t)
 	ctx := t.Context()
 	whole(t, c, id)
-	for _, name := range []string{"b.sql.zst", "a.sql.zst"} {
-		if err := c.PutDump(ctx, id, name, strings.NewReader("dump "+name)); err != nil {
-			t.Fatal(err)
-		}
+	begun := backup.DumpBegun{Backup: id, Name: "d", Host: "h"}
+	m := backup.DumpManifest{Version: backup.DumpVersion, Name: "d", Backup: id, Cluster: "main", Format: backup.DumpSQL, Parts: []backup.DumpPart{{Name: "all.sql.zst", Size: 4}}}
+	if err := errors.Join(c.BeginDump(ctx, begun), c.PutDumpPart(ctx, id, "d", "all.sql.zst", strings.NewReader("dump"))); err != nil {
+		t.Fatal(err)
 	}
-	if err := c.PutDump(ctx, id, "c", failing{}); !errors.Is(err, errPipe) {
-		t.Errorf("a dump that breaks: got %v, want %v", err, errPipe)
+	if err := c.PutDumpPart(ctx, id, "d", "x", failing{}); !errors.Is(err, errPipe) {
+		t.Errorf("a part that breaks: got %v, want %v", err, errPipe)
+	}
+	if err := c.BeginDump(ctx, begun); !errors.Is(err, backup.ErrExists) {
+		t.Errorf("begun twice: got %v, want %v", err, backup.ErrExists)
+	}
+	if dumps, err := c.Dumps(ctx, id); err != nil || len(dumps) != 1 || dumps[0].Complete || dumps[0].Size < 4 || dumps[0].Modified.IsZero() {
+		t.Errorf("before its manifest: got %+v, %v", dumps, err)
+	}
+	if _, err := c.DumpManifest(ctx, id, "d"); !errors.Is(err, backup.ErrNotFound) {
+		t.Errorf("got %v, want %v", err, backup.ErrNotFound)
+	}
+	if err := c.PutDumpManifest(ctx, m); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(root, "clusters/main/backups", string(id), "dumps/a.sql.zst"), []byte("an old one"), 0o600); err != nil {
+		t.Fatal(err)
 	}
 	dumps, err := c.Dumps(ctx, id)
-	if err != nil || len(dumps) != 2 || dumps[0].Name != "a.sql.zst" || dumps[0].Size != 14 || dumps[1].Name != "b.sql.zst" || dumps[0].Modified.IsZero() {
+	if err != nil || len(dumps) != 2 || dumps[0].Name != "a.sql.zst" || !dumps[0].File || !dumps[0].Complete || dumps[0].Size != 10 || dumps[1].Name != "d" || !dumps[1].Complete || dumps[1].File {
 		t.Errorf("got %+v, %v", dumps, err)
 	}
 	if e, err := c.Backup(ctx, id); err != nil || !reflect.DeepEqual(e.Dumps, dumps) {
 		t.Errorf("entry: got %+v, %v, want %+v", e.Dumps, err, dumps)
 	}
-	r, err := c.Dump(ctx, id, "a.sql.zst")
+	if got, err := c.DumpManifest(ctx, id, "d"); err != nil || !reflect.DeepEqual(got.Parts, m.Parts) {
+		t.Errorf("got %+v, %v", got, err)
+	}
+	if got, err := c.DumpBegun(ctx, id, "d"); err != nil || got != begun {
+		t.Errorf("got %+v, %v", got, err)
+	}
+	r, err := c.DumpPart(ctx, id, "d", "all.sql.zst")
 	if err != nil {
 		t.Fatal(err)
 	}
 	b, err := io.ReadAll(r)
-	if err = errors.Join(err, r.Close()); err != nil || string(b) != "dump a.sql.zst" {
+	if err = errors.Join(err, r.Close()); err != nil || string(b) != "dump" {
 		t.Errorf("got %q, %v", b, err)
 	}
-	if _, err := c.Dump(ctx, id, "c"); !errors.Is(err, backup.ErrNotFound) {
-		t.Errorf("got %v, want %v", err, backup.ErrNotFound)
+	k := backup.DumpCheck{Backup: id, Dump: "d", Checks: []backup.Check{{Name: "x", Result: backup.Passed}}}
+	if err := c.PutDumpCheck(ctx, k); err != nil {
+		t.Fatal(err)
 	}
-	if err := c.PutDump(ctx, id, "a/b", strings.NewReader("")); !errors.Is(err, backup.ErrUsage) {
+	if got, err := c.DumpChecks(ctx, id, "d"); err != nil || len(got) != 1 || got[0].Result() != backup.Passed {
+		t.Errorf("got %+v, %v", got, err)
+	}
+	if again, err := c.Dumps(ctx, id); err != nil || !reflect.DeepEqual(again, dumps) {
+		t.Errorf("a check changes what is told of the dump: %+v, %v", again, err)
+	}
+	overwrite(t, filepath.Join(root, "clusters/main/backups", string(id), "dumps/d/manifest.json"), []byte(`{"version":1,"name":"e"}`))
+	if _, err := c.DumpManifest(ctx, id, "d"); !errors.Is(err, backup.ErrDamage) {
+		t.Errorf("another's manifest: got %v, want %v", err, backup.ErrDamage)
+	}
+	if err := c.PutDumpPart(ctx, id, "a/b", "x", strings.NewReader("")); !errors.Is(err, backup.ErrUsage) {
 		t.Errorf("got %v, want %v", err, backup.ErrUsage)
+	}
+}
+
+func TestADumpWhoseRemovalIsInterruptedIsNeverTakenForWhole(t *testing.T) {
+	for n := 1; ; n++ {
+		c, _ := open(t)
+		whole(t, c, id)
+		m := backup.DumpManifest{Version: backup.DumpVersion, Name: "d", Backup: id, Cluster: "main", Format: backup.DumpSQL, Parts: []backup.DumpPart{{Name: "x"}}}
+		err := errors.Join(c.BeginDump(t.Context(), backup.DumpBegun{Backup: id, Name: "d"}), c.PutDumpPart(t.Context(), id, "d", "x", strings.NewReader("x")), c.PutDumpManifest(t.Context(), m))
+		if err != nil {
+			t.Fatal(err)
+		}
+		i := &fault.Injector{Action: "error", At: n}
+		err = c.RemoveDump(fault.With(t.Context(), i), id, "d")
+		dumps, listed := c.Dumps(t.Context(), id)
+		if listed != nil {
+			t.Fatal(listed)
+		}
+		switch {
+		case err == nil && (len(dumps) > 0 || n != 9): // a list and three deletes, each with a point before and after
+			t.Fatalf("point %d: left %+v", n, dumps)
+		case err == nil:
+			return
+		case len(dumps) > 0 && dumps[0].Complete && n > 3:
+			t.Errorf("point %d: it still looks whole", n)
+		case len(dumps) > 0:
+			if _, err := c.DumpBegun(t.Context(), id, "d"); err != nil {
+				t.Errorf("point %d: nobody knows whose it is: %v", n, err)
+			}
+		}
+		if err := c.RemoveDump(t.Context(), id, "d"); err != nil {
+			t.Errorf("point %d, again: %v", n, err)
+		}
+		if dumps, err := c.Dumps(t.Context(), id); err != nil || len(dumps) > 0 {
+			t.Errorf("point %d: left %+v, %v", n, dumps, err)
+		}
 	}
 }
 
@@ -280,7 +348,7 @@ func TestMalformedNamesAreRefusedByEveryMethod(t *testing.T) {
 		errs := map[string]error{
 			"put complete": c.PutComplete(ctx, backup.Complete{ID: test.id}), "retract": c.Retract(ctx, test.id), "remove": c.Remove(ctx, test.id),
 			"put verdict": c.PutVerdict(ctx, backup.Verdict{Backup: test.id}), "end intent": c.EndIntent(ctx, test.id),
-			"put intent": c.PutIntent(ctx, backup.Intent{ID: test.id, Cluster: test.cluster}), "put dump": c.PutDump(ctx, test.id, "x", strings.NewReader("")),
+			"put intent": c.PutIntent(ctx, backup.Intent{ID: test.id, Cluster: test.cluster}), "put dump": c.PutDumpPart(ctx, test.id, "x", "y", strings.NewReader("")),
 		}
 		_, errs["put manifest"] = c.PutManifest(ctx, m)
 		_, _, errs["manifest"] = c.Manifest(ctx, test.id)
@@ -288,7 +356,9 @@ func TestMalformedNamesAreRefusedByEveryMethod(t *testing.T) {
 		_, errs["verdicts"] = c.Verdicts(ctx, test.id)
 		_, errs["put side file"] = c.PutSideFile(ctx, test.id, 0, "/x", nil)
 		_, errs["side file"] = c.SideFile(ctx, test.id, backup.SideFile{Name: "0"})
-		_, errs["dump"] = c.Dump(ctx, test.id, "x")
+		_, errs["dump"] = c.DumpPart(ctx, test.id, "x", "y")
+		_, errs["dump manifest"] = c.DumpManifest(ctx, test.id, "x")
+		errs["remove dump"] = c.RemoveDump(ctx, test.id, "x")
 		_, errs["dumps"] = c.Dumps(ctx, test.id)
 		_, errs["backup"] = c.Backup(ctx, test.id)
 		if test.id == id {
@@ -316,7 +386,7 @@ func TestEveryStoreCallIsBetweenTwoFaultPoints(t *testing.T) {
 	digest, _ := c.PutManifest(ctx, m)
 	_ = c.PutComplete(ctx, backup.Complete{ID: id, Digest: digest})
 	_ = c.PutVerdict(ctx, backup.Verdict{Backup: id})
-	_ = c.PutDump(ctx, id, "x", strings.NewReader(""))
+	_ = c.PutDumpPart(ctx, id, "x", "y", strings.NewReader(""))
 	_, _ = c.Backup(ctx, id)
 	_, _ = c.Backups(ctx)
 	_, _ = c.Intents(ctx)

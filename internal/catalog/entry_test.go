@@ -95,7 +95,7 @@ func TestARemovalCutShortAnywhereLeavesAnIncompleteBackup(t *testing.T) {
 		if err := c.PutVerdict(t.Context(), backup.Verdict{Backup: id}); err != nil {
 			t.Fatal(err)
 		}
-		if err := c.PutDump(t.Context(), id, "zzz", strings.NewReader("")); err != nil {
+		if err := c.PutDumpPart(t.Context(), id, "zzz", "x", strings.NewReader("")); err != nil {
 			t.Fatal(err)
 		}
 		err := c.Remove(fault.With(t.Context(), &fault.Injector{Action: "error", At: n}), id)

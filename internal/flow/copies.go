@@ -4,13 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"time"
 
 	"cleancut/internal/backup"
-	"cleancut/internal/flow/dump"
 	"cleancut/internal/flow/restore"
 	"cleancut/internal/flow/verify"
 	"cleancut/internal/postgres"
@@ -245,48 +243,4 @@ func (f *Flow) Verify(ctx context.Context, o VerifyOptions) (v backup.Verdict, e
 		return v, errors.Join(fmt.Errorf("backup %s: %w", id, backup.ErrDamage), err)
 	}
 	return v, nil
-}
-
-// DumpOptions says where the dump goes.
-type DumpOptions struct {
-	ID    backup.ID
-	Level int
-	Recovery
-	// Out gets the archive; nil puts it into the catalog under Name.
-	Out      io.Writer
-	Name     string
-	Progress func(sql, compressed backup.Bytes)
-}
-
-// Dump restores a backup into a throwaway copy, streams pg_dumpall from it and
-// removes the copy.
-func (f *Flow) Dump(ctx context.Context, o DumpOptions) (res dump.Result, err error) {
-	r, release, err := f.Restore(ctx, RestoreOptions{ID: o.ID, Purpose: backup.ForDump, Recovery: o.Recovery})
-	if err != nil {
-		return res, err
-	}
-	defer release()
-	defer func() { err = errors.Join(err, f.undoCopy(ctx, r.Copy)) }()
-	f.tell("dump", "pg_dumpall")
-	options := dump.Options{Instance: r.Instance, Original: r.Copy.Original, Level: o.Level, Progress: o.Progress}
-	if o.Out != nil {
-		return dump.Run(ctx, o.Out, options)
-	}
-	return f.dumpToCatalog(ctx, o, options)
-}
-
-// dumpToCatalog streams through a pipe, so that a failed dump fails the Put,
-// which then leaves nothing.
-func (f *Flow) dumpToCatalog(ctx context.Context, o DumpOptions, options dump.Options) (res dump.Result, err error) {
-	pr, pw := io.Pipe()
-	done := make(chan error, 1)
-	go func() {
-		var err error
-		res, err = dump.Run(ctx, pw, options)
-		_ = pw.CloseWithError(err) // nil is EOF; a PipeWriter's Close never fails
-		done <- err
-	}()
-	err = f.Catalog.PutDump(ctx, o.ID, o.Name, pr)
-	_ = pr.CloseWithError(errors.New("the catalog stopped reading"))
-	return res, errors.Join(err, <-done)
 }

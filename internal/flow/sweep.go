@@ -25,6 +25,7 @@ const (
 	EndIntent    ActionKind = "end intent"
 	RemoveCopy   ActionKind = "remove copy"
 	PutBack      ActionKind = "put ledger back"
+	RemoveDump   ActionKind = "remove dump"
 	OnlyList     ActionKind = "leave"
 )
 
@@ -35,6 +36,8 @@ type Action struct {
 	Why    string        `json:"why"`
 	Intent backup.Intent `json:"-"`
 	Copy   backup.Copy   `json:"-"`
+
+	Dump backup.DumpBegun `json:"-"`
 }
 
 // Facts is all that PlanSweep decides by.
@@ -46,6 +49,7 @@ type Facts struct {
 	Held      map[backup.ID]bool
 	Copies    []backup.Copy          // ledgers of this host
 	Lost      map[backup.ID]LostCopy // copies without a ledger, proved by what lies beside them
+	Dumps     []backup.DumpBegun     // without a manifest
 	Busy      map[string]bool        // locks that somebody holds
 	Inventory provider.Inventory
 }
@@ -68,7 +72,7 @@ const (
 // no snapshot merely because this catalog does not know it: the catalog given
 // may be the wrong one.
 func PlanSweep(x Facts) []Action {
-	out := slices.Concat(planIntents(x), planCopies(x))
+	out := slices.Concat(planIntents(x), planCopies(x), planDumps(x))
 	for id, n := range strangers(x) {
 		out = append(out, Action{Kind: OnlyList, Name: "snapshots of backup " + string(id), Why: fmt.Sprintf("%d snapshots of cluster %s that this catalog does not know", n, x.Cluster)})
 	}
@@ -223,6 +227,9 @@ func (f *Flow) SweepFacts(ctx context.Context) (x Facts, err error) {
 	if err != nil {
 		return x, err
 	}
+	if err := f.dumpFacts(ctx, &x, entries); err != nil {
+		return x, err
+	}
 	for _, e := range entries {
 		x.Backups[e.ID] = stateOf(e)
 		x.Held[e.ID] = e.Held(time.Now()) != ""
@@ -253,7 +260,7 @@ func (f *Flow) Sweep(ctx context.Context, plan []Action) error {
 	if _, err := f.Catalog.Tidy(ctx, halfWritten); err != nil {
 		errs = append(errs, fmt.Errorf("half-written objects of the catalog: %w", err))
 	}
-	if err := f.sweepWALDumps(); err != nil {
+	if err := f.sweepFolders(ctx); err != nil {
 		errs = append(errs, err)
 	}
 	for _, a := range plan {
@@ -272,8 +279,11 @@ func (f *Flow) Sweep(ctx context.Context, plan []Action) error {
 
 func (f *Flow) sweepOne(ctx context.Context, a Action) error {
 	name := lockBackup(f.Cluster)
-	if a.Kind == RemoveCopy || a.Kind == PutBack {
+	switch a.Kind {
+	case RemoveCopy, PutBack:
 		name = lockCopy(a.Copy.ID)
+	case RemoveDump:
+		name = lockDump(a.Dump)
 	}
 	if a.Kind == OnlyList {
 		return nil
@@ -312,6 +322,8 @@ func (f *Flow) sweepOne(ctx context.Context, a Action) error {
 		return f.takeDown(ctx, a.Copy)
 	case PutBack:
 		return f.save(a.Copy)
+	case RemoveDump:
+		return f.removeBegun(ctx, a.Dump)
 	}
 	return fmt.Errorf("unknown action %q", a.Kind)
 }

@@ -13,8 +13,6 @@ import (
 	"strconv"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"cleancut/internal/backup"
 	"cleancut/internal/wal"
 )
@@ -52,39 +50,15 @@ func (d *walDump) Close() { closeWALDump(d.dir) }
 // walDumpFolder makes a folder for WAL that is only looked at. While it is open
 // sweep leaves it alone.
 func (f *Flow) walDumpFolder() (*os.File, error) {
-	path, err := os.MkdirTemp(f.State.Path(), walDumpPrefix)
+	dir, err := f.lockedFolder(walDumpPrefix)
 	if err != nil {
 		return nil, fmt.Errorf("look into the WAL: %w", err)
-	}
-	dir, err := os.Open(path)
-	if err == nil {
-		err = unix.Flock(int(dir.Fd()), unix.LOCK_SH|unix.LOCK_NB)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("look into the WAL: %w", errors.Join(err, os.RemoveAll(path)))
 	}
 	return dir, nil
 }
 
 func closeWALDump(dir *os.File) {
 	_, _ = os.RemoveAll(dir.Name()), dir.Close() // what stays is sweep's
-}
-
-// sweepWALDumps removes the folders of processes that were killed: nobody holds
-// their lock.
-func (f *Flow) sweepWALDumps() error {
-	paths, err := filepath.Glob(filepath.Join(f.State.Path(), walDumpPrefix+"*"))
-	for _, path := range paths {
-		dir, e := os.Open(path)
-		if e != nil {
-			continue // it has just gone
-		}
-		if unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
-			err = errors.Join(err, os.RemoveAll(path))
-		}
-		_ = dir.Close()
-	}
-	return err
 }
 
 // dumped is a line of pg_waldump (pg_waldump.c, XLogDumpDisplayRecord).
