@@ -37,11 +37,12 @@ type seed struct {
 	forks    backup.LSN  // where the primary left the backup's timeline; 0: it has not
 }
 
-// How long a primary may take where what is to be done goes on without it: to
-// answer, and to give up a slot.
+// How long a server may take where what is to be done goes on without it: a
+// primary to answer and to give up a slot, the standby's own to answer.
 const (
 	primaryPatience = 5 * time.Second
 	slotPatience    = 40 * time.Second
+	standbyPatience = 30 * time.Second
 )
 
 // Standby seeds a warm standby from a backup:

@@ -166,7 +166,7 @@ func (f *Flow) askPrimary(ctx context.Context, c backup.Copy) (replication.Slot,
 }
 
 func (f *Flow) askStandby(ctx context.Context, c backup.Copy) (postgres.Following, error) {
-	ctx, cancel := context.WithTimeout(ctx, primaryPatience)
+	ctx, cancel := context.WithTimeout(ctx, standbyPatience)
 	defer cancel()
 	i, err := postgres.Open(ctx, c.Root)
 	if err != nil {
