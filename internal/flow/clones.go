@@ -167,7 +167,7 @@ func (f *Flow) sessions(ctx context.Context, c backup.Copy) (*postgres.Sessions,
 	if err != nil {
 		return nil, fmt.Errorf("its server runs and does not answer: %w", err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, primaryPatience)
+	ctx, cancel := context.WithTimeout(ctx, standbyPatience)
 	defer cancel()
 	s, err := i.Sessions(ctx)
 	if err != nil {
@@ -178,7 +178,7 @@ func (f *Flow) sessions(ctx context.Context, c backup.Copy) (*postgres.Sessions,
 
 // openSoon opens the server of a copy that should answer at once.
 func openSoon(ctx context.Context, c backup.Copy) (*postgres.Instance, error) {
-	ctx, cancel := context.WithTimeout(ctx, primaryPatience)
+	ctx, cancel := context.WithTimeout(ctx, standbyPatience)
 	defer cancel()
 	return postgres.Open(ctx, c.Root)
 }
