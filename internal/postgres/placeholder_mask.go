@@ -2,8 +2,10 @@ package postgres
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 
 	"cleancut/internal/backup"
 )
@@ -14,6 +16,16 @@ type MaskOptions struct {
 	Files         []string
 	KeepPasswords bool
 	Log           *slog.Logger
+}
+
+// CheckMask is a placeholder of the same kind.
+func CheckMask(files []string) error {
+	for _, file := range files {
+		if info, err := os.Stat(file); err != nil || !info.Mode().IsRegular() {
+			return errors.Join(fmt.Errorf("%w: mask %q is no file", backup.ErrUsage, file), err)
+		}
+	}
+	return nil
 }
 
 // Mask is a placeholder that refuses files and resets nothing.
