@@ -109,7 +109,7 @@ by its socket: see "cleancut clone psql".`,
 	c.Flags().StringVar(&ttl, "ttl", "", "how long it stands: 8h, 3d (default 8h, or max_ttl if that is shorter)")
 	c.Flags().StringVar(&o.Root, "to", "", "its folder, new or empty (default clones/NAME below the state folder)")
 	c.Flags().BoolVar(&o.Golden, "golden", false, "make it of the backup's golden image, which needs no recovery and is made if there is none")
-	c.Flags().StringArrayVar(&o.Mask, "mask", nil, "file with SQL to run before anybody else can connect; may be given several times")
+	c.Flags().StringArrayVar(&o.Mask, "mask", nil, "FILE with SQL, or DATABASE:FILE, to run before anybody else can connect; may be given several times")
 	c.Flags().BoolVar(&o.KeepPasswords, "keep-passwords", false, "do not reset the passwords of roles")
 	c.Flags().StringVar(&o.Listen, "listen", "", "ADDRESS:PORT where it takes TCP connections, with passwords (default: none)")
 	return c

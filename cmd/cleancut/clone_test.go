@@ -228,7 +228,7 @@ func TestACloneOneTooManyOrTwiceAtOnceIsRefused(t *testing.T) {
 	for _, c := range []struct{ args, words string }{ // separated by blanks, and by |
 		{"--name QA", "clone name"},
 		{"--name qa --ttl 8d", "longer than 1h|max_ttl"},
-		{"--name qa --mask /nonexistent.sql", "/nonexistent.sql is no file"},
+		{"--name qa --mask /nonexistent.sql", "/nonexistent.sql"},
 		{"--name qa --listen here", "ADDRESS:PORT"},
 		{"--name qa --to /srv/" + strings.Repeat("long", 25), "107 bytes|shorter folder"},
 	} {

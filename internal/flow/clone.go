@@ -85,8 +85,13 @@ func (f *Flow) CreateClone(ctx context.Context, o CloneOptions) (s CloneStatus, 
 func (f *Flow) checkClone(o *CloneOptions) error {
 	o.MaxTTL, o.Most = cmp.Or(o.MaxTTL, backup.DefaultMaxTTL), cmp.Or(o.Most, backup.DefaultClones)
 	o.TTL = cmp.Or(o.TTL, min(backup.DefaultTTL, o.MaxTTL))
-	if err := errors.Join(backup.CheckCloneName(o.Name), postgres.Standby{Listen: o.Listen}.Check()); err != nil {
+	if err := errors.Join(backup.CheckCloneName(o.Name), postgres.CheckMask(o.Mask)); err != nil {
 		return err
+	}
+	if o.Listen != "" {
+		if err := postgres.CheckListen(o.Listen); err != nil {
+			return err
+		}
 	}
 	if _, _, err := backup.Lease(f.now(), o.TTL, o.MaxTTL); err != nil {
 		return err
@@ -98,15 +103,7 @@ func (f *Flow) checkClone(o *CloneOptions) error {
 	if o.Root, err = filepath.Abs(o.Root); err != nil {
 		return err
 	}
-	if err := postgres.CheckRoot(o.Root); err != nil {
-		return err
-	}
-	for _, file := range o.Mask {
-		if info, err := os.Stat(file); err != nil || !info.Mode().IsRegular() {
-			return errors.Join(fmt.Errorf("%w: mask %s is no file", backup.ErrUsage, file), err)
-		}
-	}
-	return nil
+	return postgres.CheckRoot(o.Root)
 }
 
 // roomForClone refuses a name that is taken and one clone too many.
@@ -171,7 +168,7 @@ func (f *Flow) handOver(ctx context.Context, o CloneOptions, i *postgres.Instanc
 		c.Clone.Masked = append(c.Clone.Masked, filepath.Base(file))
 	}
 	if err = fault.Point(ctx, "clone.gate"); err == nil {
-		err = i.OpenGate(ctx, c.Clone.Listen)
+		err = open(ctx, i, *c)
 	}
 	if err == nil {
 		err = fault.Point(ctx, "clone.gate.done")
@@ -180,6 +177,14 @@ func (f *Flow) handOver(ctx context.Context, o CloneOptions, i *postgres.Instanc
 		return fmt.Errorf("open clone %s: %w", o.Name, err)
 	}
 	return nil
+}
+
+// open lets clients in over TCP, if they are to come that way.
+func open(ctx context.Context, i *postgres.Instance, c backup.Copy) error {
+	if c.Clone.Listen == "" {
+		return nil
+	}
+	return i.OpenGate(ctx, c.Clone.Listen)
 }
 
 // StartClone brings a clone up again whose server is down, also after a reboot:
@@ -208,7 +213,7 @@ func (f *Flow) StartClone(ctx context.Context, name string) (s CloneStatus, err 
 	}
 	c, i, err := restore.Reopen(ctx, f.Provider, restore.Options{Manifest: entry.Manifest, Copy: c, Installation: inst, Save: f.save, Progress: f.tell})
 	if err == nil {
-		err = i.OpenGate(ctx, c.Clone.Listen)
+		err = open(ctx, i, c)
 	}
 	if err != nil {
 		return s, backup.Hint(fmt.Errorf("clone %s stays down: %w", name, err), cmp.Or(backup.HintOf(err), "try again, or end it: cleancut clone destroy "+name))
