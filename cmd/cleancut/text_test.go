@@ -86,7 +86,7 @@ func TestLogicalVolumesAreShown(t *testing.T) {
 
 func TestEveryCommandIsKnownToTheHelp(t *testing.T) {
 	out := bare(t).must(t, "--help").out
-	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "standby", "clone", "wal", "delete", "hold", "prune", "sweep", "catalog", "thaw", "demo", "drill", "ec2sim"} {
+	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "golden", "standby", "clone", "wal", "delete", "hold", "prune", "sweep", "catalog", "thaw", "demo", "drill", "ec2sim"} {
 		if !regexp.MustCompile(`(?m)^  ` + c + ` `).MatchString(out) {
 			t.Errorf("%s is not in the help", c)
 		}
@@ -119,6 +119,8 @@ func TestWrongRequestsExitWith2AndSayWhatIsWrong(t *testing.T) {
 		{"delete nonsense", "is no backup id"},
 		{"verify nonsense", "is no backup id"},
 		{"dump nonsense", "is no backup id"},
+		{"golden", "wants the id of a backup|usage: cleancut golden ID"},
+		{"golden nonsense", "is no backup id"},
 		{"restore nonsense --to /tmp/x", "is no backup id"},
 		{"restore " + id, "--to DIR|cleancut list"},
 		{"restore --undo /tmp/x " + id, "--undo DIR stands alone"},
