@@ -424,6 +424,17 @@ func (p *production) leftovers(t testing.TB, stay ...string) []string {
 		for _, s := range e.Manifest.Snapshots {
 			complete[string(s.ID)] = true
 		}
+		for _, d := range e.Dumps {
+			if !d.Complete {
+				say("dump %s is not complete", d.Name)
+			}
+		}
+	}
+	for _, prefix := range []string{"check-", "spool-"} {
+		work, _ := filepath.Glob(filepath.Join(p.state, prefix+"*"))
+		for _, path := range work {
+			say("work folder %s", path)
+		}
 	}
 	intents, err := cat.Intents(ctx)
 	if err != nil && !errors.Is(err, backup.ErrNotFound) {

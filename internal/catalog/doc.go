@@ -10,7 +10,7 @@
 //	clusters/NAME/backups/ID/complete.json       every snapshot is durable
 //	clusters/NAME/backups/ID/verdicts/TIME.json  what verification found
 //	clusters/NAME/backups/ID/files/N             side files of the manifest
-//	clusters/NAME/backups/ID/dumps/DUMP          SQL dumps made of the backup
+//	clusters/NAME/backups/ID/dumps/DUMP/         dumps made of the backup; docs/dump.md
 //	clusters/NAME/backups/ID/holds/TIME.json     who keeps it whatever retention says
 //	clusters/NAME/backups/ID/wal/FILE.zst        WAL captured with the backup
 //	clusters/NAME/intents/ID.json                what is being made or deleted

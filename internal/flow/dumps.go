@@ -223,7 +223,7 @@ func pathPlace(to string, format backup.DumpFormat) (dumpPlace, error) {
 			if err = errors.Join(syncFolder(work), os.Mkdir(to, 0o700)); err != nil {
 				return err
 			}
-			if err = os.Rename(work, to); err != nil { // rename(2): an empty folder is replaced, and nothing else
+			if err = unix.Rename(work, to); err != nil { // an empty folder is replaced, and nothing else
 				return errors.Join(err, os.Remove(to))
 			}
 		}

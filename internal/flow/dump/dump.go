@@ -208,9 +208,10 @@ func (r *runner) part(ctx context.Context, name, db string, threads int, produce
 // whole is DumpSQL: one part with everything.
 func (r *runner) whole(ctx context.Context) error {
 	err := r.part(ctx, "all.sql"+ext(r.Options), "", 2, func(w io.Writer) error {
-		return r.watched(w, func(w io.Writer) error { return r.dumpall(ctx, w) }, func(in io.Reader) error {
-			return (&tally{databases: r.all, done: r.tableDone}).sql(in)
-		})
+		if !r.NoCounts {
+			w = io.MultiWriter(w, &sqlScan{databases: r.all, tally: tally{done: r.tableDone}})
+		}
+		return r.dumpall(ctx, w)
 	})
 	if err != nil {
 		return err

@@ -29,9 +29,10 @@ func ScanArchive(r io.Reader) error {
 
 // ScanSQL reads the output of pg_dumpall of databases without known tables.
 func ScanSQL(r io.Reader, databases ...string) error {
-	t := &tally{}
+	t := &sqlScan{}
 	for _, name := range databases {
 		t.databases = append(t.databases, &database{DumpedDatabase: backup.DumpedDatabase{Name: name}})
 	}
-	return t.sql(r)
+	_, err := io.CopyBuffer(struct{ io.Writer }{t}, struct{ io.Reader }{r}, make([]byte, 7))
+	return err
 }

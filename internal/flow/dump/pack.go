@@ -12,12 +12,13 @@ import (
 	"strings"
 
 	"filippo.io/age"
+	"github.com/cespare/xxhash/v2"
 	"github.com/klauspost/compress/zstd"
 
 	"cleancut/internal/backup"
 )
 
-// meter counts the bytes that pass, and takes their SHA-256.
+// meter counts the bytes that pass, and hashes them.
 type meter struct {
 	w     io.Writer
 	n     backup.Bytes
@@ -25,8 +26,8 @@ type meter struct {
 	moved func(n int) // may be nil
 }
 
-func newMeter(w io.Writer, moved func(int)) *meter {
-	return &meter{w: w, sum: sha256.New(), moved: moved}
+func newMeter(w io.Writer, sum hash.Hash, moved func(int)) *meter {
+	return &meter{w: w, sum: sum, moved: moved}
 }
 
 func (m *meter) Write(p []byte) (int, error) {
@@ -58,7 +59,7 @@ func windowOf(jobs int) int {
 // recipients, into w. Where produce fails nothing that was written is of use:
 // no last frame follows.
 func pack(w io.Writer, o Options, threads int, moved func(plain, stored int), produce func(io.Writer) error) (p backup.DumpPart, err error) {
-	stored := newMeter(w, func(n int) { moved(0, n) })
+	stored := newMeter(w, sha256.New(), func(n int) { moved(0, n) })
 	var into io.Writer = stored
 	finish := func() error { return nil }
 	if len(o.Recipients) > 0 {
@@ -72,7 +73,7 @@ func pack(w io.Writer, o Options, threads int, moved func(plain, stored int), pr
 	if err != nil {
 		return p, fmt.Errorf("zstd level %d: %w", o.Level, err)
 	}
-	plain := newMeter(z, func(n int) { moved(n, 0) })
+	plain := newMeter(z, xxhash.New(), func(n int) { moved(n, 0) })
 	if err := produce(plain); err != nil {
 		// Its goroutines end; what it writes thereby goes nowhere.
 		z.Reset(io.Discard)
@@ -81,7 +82,7 @@ func pack(w io.Writer, o Options, threads int, moved func(plain, stored int), pr
 	if err := errors.Join(z.Close(), finish()); err != nil {
 		return p, fmt.Errorf("%w: %w", errStore, err)
 	}
-	return backup.DumpPart{Size: stored.n, SHA256: stored.digest(), PlainSize: plain.n, PlainSHA256: plain.digest()}, nil
+	return backup.DumpPart{Size: stored.n, SHA256: stored.digest(), PlainSize: plain.n, PlainHash: plain.digest()}, nil
 }
 
 // ext is how the names of parts end.
@@ -106,6 +107,9 @@ func unpack(r io.Reader, p backup.DumpPart, identities []age.Identity, into io.W
 	n := &counted{r: io.TeeReader(r, stored)}
 	var source io.Reader = n
 	if strings.HasSuffix(p.Name, ".age") {
+		if len(identities) == 0 {
+			return fmt.Errorf("part %s: %w", p.Name, errSealed)
+		}
 		opened, err := age.Decrypt(n, identities...)
 		var none *age.NoIdentityMatchError
 		if errors.As(err, &none) {
@@ -121,7 +125,7 @@ func unpack(r io.Reader, p backup.DumpPart, identities []age.Identity, into io.W
 		return damage("%v", err)
 	}
 	defer z.Close()
-	plain := newMeter(into, nil)
+	plain := newMeter(into, xxhash.New(), nil)
 	write := &failing{w: plain}
 	if _, err := io.CopyBuffer(struct{ io.Writer }{write}, struct{ io.Reader }{z}, make([]byte, pipeSize)); err != nil {
 		switch {
@@ -138,8 +142,8 @@ func unpack(r io.Reader, p backup.DumpPart, identities []age.Identity, into io.W
 	if sum := hex.EncodeToString(stored.Sum(nil)); n.n != p.Size || sum != p.SHA256 {
 		return damage("%d bytes with SHA-256 %s are stored, the manifest says %d with %s", n.n, sum, p.Size, p.SHA256)
 	}
-	if plain.n != p.PlainSize || plain.digest() != p.PlainSHA256 {
-		return damage("unpacked it has %d bytes with SHA-256 %s, the manifest says %d with %s", plain.n, plain.digest(), p.PlainSize, p.PlainSHA256)
+	if plain.n != p.PlainSize || plain.digest() != p.PlainHash {
+		return damage("unpacked it has %d bytes with XXH64 %s, the manifest says %d with %s", plain.n, plain.digest(), p.PlainSize, p.PlainHash)
 	}
 	return nil
 }

@@ -1,11 +1,8 @@
 package dump
 
 import (
-	"bufio"
 	"bytes"
-	"errors"
 	"fmt"
-	"io"
 
 	"github.com/cespare/xxhash/v2"
 )
@@ -25,15 +22,21 @@ type rowSum struct {
 
 // Write implements io.Writer; it never fails.
 func (s *rowSum) Write(p []byte) (int, error) {
-	n := len(p)
-	for len(p) > 0 && !s.ended {
-		i := bytes.IndexByte(p, '\n')
+	s.feed(p)
+	return len(p), nil
+}
+
+// feed reads up to the line that ends the rows and returns how many bytes of p
+// it took.
+func (s *rowSum) feed(p []byte) (taken int) {
+	for taken < len(p) && !s.ended {
+		i := bytes.IndexByte(p[taken:], '\n')
 		if i < 0 {
-			s.begin(p)
-			break
+			s.begin(p[taken:])
+			return len(p)
 		}
-		line := p[:i]
-		p = p[i+1:]
+		line := p[taken : taken+i]
+		taken += i + 1
 		switch {
 		case s.partial > 0:
 			s.begin(line)
@@ -50,7 +53,7 @@ func (s *rowSum) Write(p []byte) (int, error) {
 			s.rows, s.sum = s.rows+1, s.sum+xxhash.Sum64(line)
 		}
 	}
-	return n, nil
+	return taken
 }
 
 // begin adds to the row that is not whole yet.
@@ -70,72 +73,7 @@ func (s *rowSum) hash() string { return fmt.Sprintf("%016x", s.sum) }
 
 // tally takes down what was seen of the tables.
 type tally struct {
-	databases []*database // in the order of the dump
-	done      func()      // called after each table
-}
-
-// maxStatement is above any COPY statement with 1,600 columns.
-const maxStatement = 1 << 20
-
-// sql reads the output of pg_dumpall: at each database's heading it goes on to
-// the next database, and below the heading of a table's data it takes the COPY
-// statement for what it is, if it is that of a table that is known and was not
-// seen yet. So what looks like one in a function's body counts for nothing, or
-// makes a later check fail, but never pass.
-func (t *tally) sql(r io.Reader) error {
-	br := bufio.NewReaderSize(r, pipeSize)
-	var db *database
-	next, heading := 0, false
-	var statement []byte // a COPY statement that is not whole yet: a name holds a newline
-	for {
-		line, err := br.ReadSlice('\n')
-		if errors.Is(err, bufio.ErrBufferFull) { // longer than any line that matters
-			statement = nil
-			for errors.Is(err, bufio.ErrBufferFull) {
-				_, err = br.ReadSlice('\n')
-			}
-			line = nil
-		}
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		switch {
-		case statement != nil || heading && bytes.HasPrefix(line, []byte("COPY ")):
-			statement = append(statement, line...)
-			if !bytes.HasSuffix(line, []byte(" FROM stdin;\n")) {
-				if len(statement) > maxStatement {
-					statement, heading = nil, false
-				}
-				continue
-			}
-			table := db.statements[string(bytes.TrimSuffix(statement, []byte(" FROM stdin;\n")))]
-			statement, heading = nil, false
-			if err := t.block(br, table); err != nil {
-				return err
-			}
-		case bytes.HasPrefix(line, []byte("-- Data for Name: ")):
-			heading = db != nil
-		case next < len(t.databases) && bytes.Equal(line, t.databases[next].heading()):
-			db, next, heading = t.databases[next], next+1, false
-		}
-	}
-}
-
-// block reads the rows that follow a COPY statement.
-func (t *tally) block(br *bufio.Reader, table *table) error {
-	var s rowSum
-	for !s.ended {
-		line, err := br.ReadSlice('\n')
-		if err != nil && !errors.Is(err, bufio.ErrBufferFull) {
-			return fmt.Errorf("the rows of a table do not end: %w", err)
-		}
-		_, _ = s.Write(line)
-	}
-	t.take(table, &s)
-	return nil
+	done func() // called after each table
 }
 
 // take notes what was read of a table. One that comes twice is not believed.
@@ -147,5 +85,76 @@ func (t *tally) take(table *table, s *rowSum) {
 	table.rows, table.hash = s.rows, s.hash()
 	if t.done != nil {
 		t.done()
+	}
+}
+
+// sqlScan reads the output of pg_dumpall as it passes by: at each database's
+// heading it goes on to the next database, and below the heading of a table's
+// data it takes the COPY statement for what it is. So what looks like one in a
+// function's body either is of no known table and counts for nothing, or makes
+// that table come twice; it never makes a check pass that should not.
+type sqlScan struct {
+	tally
+	databases []*database // in the order of the dump
+	next      int         // of them
+	now       *database   // whose statements come
+	heading   bool        // the heading of a table's data was the last
+	statement []byte      // a COPY statement that is not whole yet: a name may hold a newline
+	line      []byte      // that is not whole yet
+	long      bool        // it is longer than any that matters
+	rows      *rowSum     // of the table whose rows come; nil: none
+	of        *table
+}
+
+// maxStatement is above any COPY statement with 1,600 columns.
+const maxStatement = 1 << 20
+
+// Write implements io.Writer; it never fails.
+func (s *sqlScan) Write(p []byte) (int, error) {
+	n := len(p)
+	for len(p) > 0 {
+		if s.rows != nil {
+			p = p[s.rows.feed(p):]
+			if s.rows.ended {
+				s.take(s.of, s.rows)
+				s.rows = nil
+			}
+			continue
+		}
+		i := bytes.IndexByte(p, '\n') + 1
+		if i == 0 {
+			if s.long = s.long || len(s.line)+len(p) > maxStatement; !s.long {
+				s.line = append(s.line, p...)
+			}
+			break
+		}
+		line := p[:i]
+		if len(s.line) > 0 {
+			line = append(s.line, line...)
+		}
+		if !s.long {
+			s.see(line)
+		}
+		s.line, s.long, p = s.line[:0], false, p[i:]
+	}
+	return n, nil
+}
+
+// see looks at a line that is no row.
+func (s *sqlScan) see(line []byte) {
+	switch {
+	case s.statement != nil || s.heading && bytes.HasPrefix(line, []byte("COPY ")):
+		s.statement = append(s.statement, line...)
+		if target, ok := bytes.CutSuffix(s.statement, []byte(" FROM stdin;\n")); ok {
+			s.rows, s.of = &rowSum{}, s.now.statements[string(target)]
+		}
+		if s.rows != nil || len(s.statement) > maxStatement {
+			s.statement, s.heading = nil, false
+		}
+	case bytes.HasPrefix(line, []byte("-- Data for Name: ")):
+		s.heading = s.now != nil
+	case s.next < len(s.databases) && bytes.Equal(line, s.databases[s.next].heading()):
+		s.now, s.heading = s.databases[s.next], false
+		s.next++
 	}
 }
