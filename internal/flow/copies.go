@@ -235,6 +235,11 @@ type DumpOptions struct {
 	Out      io.Writer
 	Name     string
 	Progress func(sql, compressed backup.Bytes)
+
+	// Placeholders of the nightly branch for the dump helper's fields.
+	Format     backup.DumpFormat
+	Jobs       int
+	Recipients []string
 }
 
 // Dump restores a backup into a throwaway copy, streams pg_dumpall from it and
