@@ -32,6 +32,7 @@ type config struct {
 	Cluster   map[string]clusterConfig `toml:"cluster"`
 	Provider  providerConfig           `toml:"provider"`
 	Retention retentionConfig          `toml:"retention"`
+	Nightly   nightlyConfig            `toml:"nightly"`
 }
 
 type clusterConfig struct {
@@ -39,6 +40,7 @@ type clusterConfig struct {
 	DataDirectory string          `toml:"data_directory"`
 	Provider      string          `toml:"provider"`
 	Retention     retentionConfig `toml:"retention"`
+	Nightly       nightlyConfig   `toml:"nightly"`
 }
 
 type providerConfig struct {
