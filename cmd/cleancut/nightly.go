@@ -164,8 +164,8 @@ func (a *app) nightlyOptions(c *cobra.Command, n *nightlyFlags, cut func() (flow
 	o.Dump = flow.DumpOptions{Level: n.zstd, Format: backup.DumpFormat(n.format), Jobs: n.jobs, Recipients: n.recipients}
 	o.Identities = n.identities
 	if !slices.Contains(o.Skip, flow.NightlyPrune) {
-		if o.Rules, o.Window, err = a.retention(c); err == nil && o.Rules == (backup.Retention{}) {
-			err = backup.Hint(fmt.Errorf("%w: no rule says what to keep", backup.ErrUsage), "give [retention] in the configuration, or --skip prune")
+		if o.Rules, o.Window, err = a.retention(c); err != nil && o.Rules == (backup.Retention{}) {
+			err = backup.Hint(err, "give [retention] in the configuration, or --skip prune")
 		}
 		if err != nil {
 			return o, err

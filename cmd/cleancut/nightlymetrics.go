@@ -57,7 +57,7 @@ func nightlyMetrics(n flow.Nightly, exit int, old string) string {
 	cluster := fmt.Sprintf("{cluster=%q}", n.Cluster) // a cluster's name needs no escapes: backup.CheckClusterName
 	one := func(name, help string, value any) { family(name, help, fmt.Sprintf("%s%s %v", name, cluster, value)) }
 	one("cleancut_nightly_last_run_timestamp_seconds", "When the last nightly job began.", n.Started.Unix())
-	one("cleancut_nightly_duration_seconds", "How long it took.", n.Seconds)
+	one("cleancut_nightly_duration_seconds", "How long it took.", fmt.Sprintf("%.3f", n.Seconds))
 	one("cleancut_nightly_exit_code", "Its exit status: 0 done, 1 failed, 2 usage, 3 void, 4 damage, 5 left behind.", exit)
 
 	const code, took = "cleancut_nightly_part_exit_code", "cleancut_nightly_part_duration_seconds"
@@ -75,7 +75,7 @@ func nightlyMetrics(n flow.Nightly, exit int, old string) string {
 				continue
 			}
 			codes = append(codes, fmt.Sprintf("%s%s %d", code, label, s.Exit))
-			seconds = append(seconds, fmt.Sprintf("%s%s %v", took, label, s.Seconds))
+			seconds = append(seconds, fmt.Sprintf("%s%s %.3f", took, label, s.Seconds))
 			if s.State == flow.StepDone {
 				end := s.Started.Add(time.Duration(s.Seconds * float64(time.Second)))
 				last = fmt.Sprintf("%s%s %d", lastSuccess, label, end.Unix())
@@ -94,23 +94,22 @@ func nightlyMetrics(n flow.Nightly, exit int, old string) string {
 		one("cleancut_nightly_backup_frozen_seconds", "How long the cut of the job's backup held production's filesystems.", c.FreezeMS/1000)
 	}
 	if d := n.Dump; d != nil {
-		checked := 0
-		if d.Check != nil {
-			checked = 1
-		}
 		one("cleancut_nightly_dump_sql_bytes", "Size of the dump's SQL.", int64(d.SQL))
 		one("cleancut_nightly_dump_bytes", "Size of the dump as it is stored.", int64(d.Compressed))
-		one("cleancut_nightly_dump_checked", "1 if the dump was restored and compared.", checked)
+		one("cleancut_nightly_dump_good", "1 if the check of the dump found nothing, 0 if it did or there was none.", yes(d.Good()))
 	}
 	if v := n.Verdict; v != nil {
-		good := 0
-		if v.Good() {
-			good = 1
-		}
-		one("cleancut_nightly_verdict_good", "1 if the verification found no damage, 0 if it found some.", good)
+		one("cleancut_nightly_verdict_good", "1 if the verification found no damage, 0 if it found some.", yes(v.Good()))
 	}
 	if n.Pruned != nil {
 		one("cleancut_nightly_pruned_backups", "Backups that the job deleted.", prunedBackups(n))
 	}
 	return b.String()
+}
+
+func yes(is bool) int {
+	if is {
+		return 1
+	}
+	return 0
 }

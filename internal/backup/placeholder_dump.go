@@ -1,6 +1,9 @@
 package backup
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // DumpFormat stands for that of the dump helper's branch, whose dump.go takes
 // this file's place at the merge.
@@ -24,4 +27,18 @@ type DumpCheck struct {
 	Tables  int       `json:"tables"`
 	Rows    int64     `json:"rows"`
 	Checks  []Check   `json:"checks"`
+}
+
+// Result, as above.
+func (c DumpCheck) Result() CheckResult {
+	has := func(r CheckResult) bool {
+		return slices.ContainsFunc(c.Checks, func(k Check) bool { return k.Result == r })
+	}
+	switch {
+	case has(Failed):
+		return Failed
+	case has(CouldNotRun) || !has(Passed):
+		return CouldNotRun
+	}
+	return Passed
 }

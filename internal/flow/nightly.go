@@ -77,9 +77,12 @@ type NightlyDumped struct {
 	Name       string            `json:"name"`
 	SQL        backup.Bytes      `json:"sql_bytes"`
 	Compressed backup.Bytes      `json:"compressed_bytes"`
-	Check      *backup.DumpCheck `json:"check"`     // null: not checked
-	Unchecked  string            `json:"unchecked"` // why it was not
+	Check      *backup.DumpCheck `json:"check"`               // null: not checked
+	Unchecked  string            `json:"unchecked,omitempty"` // why it was not, though nothing failed
 }
+
+// Good reports whether the dump was checked and nothing was found.
+func (d NightlyDumped) Good() bool { return d.Check != nil && d.Check.Result() == backup.Passed }
 
 // Nightly is the summary of one night. What a part did is there as far as it
 // came, also where it failed.
@@ -227,6 +230,14 @@ func (f *Flow) nightlyDump(ctx context.Context, n *Nightly, o NightlyOptions) er
 	check, err := f.CheckDump(ctx, CheckDumpOptions{ID: d.ID, Name: d.Name, Identities: o.Identities, Jobs: d.Jobs})
 	if len(check.Checks) > 0 {
 		n.Dump.Check = &check
+	}
+	if err == nil && check.Result() == backup.CouldNotRun {
+		err = fmt.Errorf("dump %s of backup %s is there, but could not be checked", d.Name, d.ID)
+		for _, c := range check.Checks {
+			if c.Result == backup.CouldNotRun {
+				err = fmt.Errorf("%w: %s: %s", err, c.Name, c.Detail)
+			}
+		}
 	}
 	return err
 }
