@@ -217,7 +217,7 @@ func nightlyCut(m backup.Manifest) *NightlyCut {
 func (f *Flow) nightlyDump(ctx context.Context, n *Nightly, o NightlyOptions) error {
 	d := o.Dump
 	d.ID, d.Name = n.Backup.ID, DumpName(time.Now(), d)
-	res, err := f.Dump(ctx, d)
+	res, err := f.Dump(ctx, d) // at the merge: name and sizes are in the dump's manifest, which is there also with ErrPartialDump
 	if err != nil {
 		return err
 	}
@@ -230,14 +230,6 @@ func (f *Flow) nightlyDump(ctx context.Context, n *Nightly, o NightlyOptions) er
 	check, err := f.CheckDump(ctx, CheckDumpOptions{ID: d.ID, Name: d.Name, Identities: o.Identities, Jobs: d.Jobs})
 	if len(check.Checks) > 0 {
 		n.Dump.Check = &check
-	}
-	if err == nil && check.Result() == backup.CouldNotRun {
-		err = fmt.Errorf("dump %s of backup %s is there, but could not be checked", d.Name, d.ID)
-		for _, c := range check.Checks {
-			if c.Result == backup.CouldNotRun {
-				err = fmt.Errorf("%w: %s: %s", err, c.Name, c.Detail)
-			}
-		}
 	}
 	return err
 }
