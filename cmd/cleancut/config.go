@@ -33,6 +33,7 @@ type config struct {
 	Provider  providerConfig           `toml:"provider"`
 	Retention retentionConfig          `toml:"retention"`
 	Clone     cloneConfig              `toml:"clone"`
+	Nightly   nightlyConfig            `toml:"nightly"`
 }
 
 type clusterConfig struct {
@@ -40,6 +41,7 @@ type clusterConfig struct {
 	DataDirectory string          `toml:"data_directory"`
 	Provider      string          `toml:"provider"`
 	Retention     retentionConfig `toml:"retention"`
+	Nightly       nightlyConfig   `toml:"nightly"`
 }
 
 type providerConfig struct {

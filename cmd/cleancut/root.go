@@ -101,7 +101,7 @@ and is listed (run "cleancut sweep").`,
 	a.over.register(p)
 	root.AddGroup(&cobra.Group{ID: "look", Title: "Look:"}, &cobra.Group{ID: "main", Title: "Back up and restore:"}, &cobra.Group{ID: "care", Title: "Clean up:"})
 	root.AddCommand(a.topologyCommand(), a.doctorCommand(), a.listCommand(), a.showCommand(),
-		a.storageCommand(), a.backupCommand(), a.restoreCommand(), a.verifyCommand(), a.dumpCommand(), a.goldenCommand(), a.standbyCommand(), a.cloneCommand(), a.walCommand(),
+		a.storageCommand(), a.backupCommand(), a.restoreCommand(), a.verifyCommand(), a.dumpCommand(), a.goldenCommand(), a.standbyCommand(), a.cloneCommand(), a.walCommand(), a.nightlyCommand(),
 		a.deleteCommand(), a.holdCommand(), a.pruneCommand(), a.sweepCommand(), a.catalogCommand(), a.thawCommand(), a.demoCommand(), a.demoHostCommand(), a.drillCommand(), a.ec2simCommand(), a.watchdogCommand(), a.gateCommand(), a.manCommand())
 	return root
 }

@@ -86,7 +86,7 @@ func TestLogicalVolumesAreShown(t *testing.T) {
 
 func TestEveryCommandIsKnownToTheHelp(t *testing.T) {
 	out := bare(t).must(t, "--help").out
-	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "golden", "standby", "clone", "wal", "delete", "hold", "prune", "sweep", "catalog", "thaw", "demo", "drill", "ec2sim"} {
+	for _, c := range []string{"topology", "doctor", "list", "show", "storage", "backup", "restore", "verify", "dump", "golden", "standby", "clone", "wal", "nightly", "delete", "hold", "prune", "sweep", "catalog", "thaw", "demo", "drill", "ec2sim"} {
 		if !regexp.MustCompile(`(?m)^  ` + c + ` `).MatchString(out) {
 			t.Errorf("%s is not in the help", c)
 		}

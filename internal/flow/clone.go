@@ -284,7 +284,7 @@ func (f *Flow) LatestProven(ctx context.Context) (backup.ID, error) {
 	}
 	var best backup.ID
 	for _, e := range entries {
-		if proven(e) && e.ID > best {
+		if proven(e) && e.Manifest.Golden == nil && e.ID > best {
 			best = e.ID
 		}
 	}

@@ -99,7 +99,8 @@ func CheckMask(files []string) error {
 //     in with a password then, until somebody sets one; a script may;
 //   - the scripts run, each in a psql of its own, statement by statement: the
 //     first error ends it. current_user is the copy's superuser;
-//   - WAL from before is removed from pg_wal, which holds rows as they were;
+//   - where there are scripts, WAL from before is removed from pg_wal, which holds
+//     rows as they were. It takes as long as writing as much as pg_wal holds;
 //   - pg_hba.conf is put back as it was and the role is dropped.
 //
 // What a script changed stays in its table's files as dead rows until the
@@ -108,8 +109,11 @@ func CheckMask(files []string) error {
 //
 // On any error, and when ctx ends, the copy stays locked and is in an unknown
 // state: it must be destroyed. Mask then refuses it (ErrInUse). After success it
-// may be called again.
+// may be called again. Without scripts and with passwords kept it does nothing.
 func (i *Instance) Mask(ctx context.Context, o MaskOptions) error {
+	if len(o.Files) == 0 && o.KeepPasswords {
+		return nil
+	}
 	if err := CheckMask(o.Files); err != nil {
 		return err
 	}
@@ -130,7 +134,7 @@ func (i *Instance) Mask(ctx context.Context, o MaskOptions) error {
 		{"mask.prepared", l.endPrepared, false},
 		{"mask.passwords", l.resetPasswords, o.KeepPasswords},
 		{"mask.files", func(ctx context.Context) error { return l.runAll(ctx, o) }, false},
-		{"mask.wal", l.forgetWAL, false},
+		{"mask.wal", l.forgetWAL, len(o.Files) == 0},
 		{"mask.unlock", l.unlock, false},
 	}
 	for _, s := range steps {
