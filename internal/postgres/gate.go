@@ -240,7 +240,9 @@ func Gate(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	fmt.Print(gateReady)
+	if _, err := os.Stdout.WriteString(gateReady); err != nil {
+		return err
+	}
 	for fd := range 3 { // nobody listens to what is said from here on
 		if err := unix.Dup3(int(null.Fd()), fd, 0); err != nil {
 			return err
