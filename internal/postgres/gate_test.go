@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) == 6 && os.Args[1] == "gate" {
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 		defer stop()
-		if err := postgres.Gate(ctx, os.Args[2:]); err != nil {
+		if err := postgres.Gate(ctx, os.Stdout, os.Args[2:]); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
