@@ -77,6 +77,29 @@ func TestEveryDangerOfTheListIsTested(t *testing.T) {
 	}
 }
 
+// The page for operators says what the list says, in its order.
+func TestThePageOnIsolationHasEveryDanger(t *testing.T) {
+	page, err := os.ReadFile("../../docs/isolation.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want strings.Builder
+	for _, d := range postgres.Dangers() {
+		name := d.Name
+		if d.Since > 0 {
+			name += fmt.Sprintf(" (%d and later)", d.Since)
+		}
+		var layers []string
+		for _, l := range d.Layers {
+			layers = append(layers, string(l))
+		}
+		fmt.Fprintf(&want, "| %s | %s | %s | %s |\n", name, d.Does, strings.Join(layers, "; "), d.Source)
+	}
+	if !strings.Contains(string(page), want.String()) {
+		t.Errorf("docs/isolation.md lacks this table:\n%s", want.String())
+	}
+}
+
 // dangerPlan crashes s, copies its data directory and starts it again. The
 // copies of one server may be many.
 func dangerPlan(t *testing.T, s *pgtest.Server) postgres.Plan {

@@ -207,11 +207,12 @@ func (i *Instance) startGate(ctx context.Context, server *handle, l *net.TCPList
 // server's network namespace; descriptor 3 is the listening socket of the
 // host's, 4 a pidfd of the postmaster. args are the copy's root, by which the
 // process is known (see endGates), uid and gid to run as, and the server's port.
+// out, its standard output, gets one line when it serves.
 //
 // It gives up root first. At most 256 connections are open at once. It returns
 // when the postmaster has ended, once its last words have reached the clients
 // or a second has passed, and at once when ctx ends.
-func Gate(ctx context.Context, args []string) error {
+func Gate(ctx context.Context, out io.Writer, args []string) error {
 	if len(args) != 4 {
 		return fmt.Errorf("%w: the gate is started by cleancut itself", backup.ErrUsage)
 	}
@@ -240,7 +241,9 @@ func Gate(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	fmt.Print(gateReady)
+	if _, err := io.WriteString(out, gateReady); err != nil {
+		return err
+	}
 	for fd := range 3 { // nobody listens to what is said from here on
 		if err := unix.Dup3(int(null.Fd()), fd, 0); err != nil {
 			return err

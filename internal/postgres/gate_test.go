@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 	if len(os.Args) == 6 && os.Args[1] == "gate" {
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 		defer stop()
-		if err := postgres.Gate(ctx, os.Args[2:]); err != nil {
+		if err := postgres.Gate(ctx, os.Stdout, os.Args[2:]); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -198,7 +198,6 @@ func TestStopAndKillEndTheGate(t *testing.T) {
 	t.Parallel()
 	needRoot(t)
 	s := pgtest.New(t, pgtest.Options{Small: true})
-	s.Stop(t)
 	p := dangerPlan(t, s)
 	for name, end := range map[string]func(*postgres.Instance) error{
 		"Stop": func(i *postgres.Instance) error { return i.Stop(t.Context()) },
@@ -281,7 +280,6 @@ func TestWithoutANetworkOfItsOwnTheServerListensAndLetsNobodyInBeforeTheGate(t *
 func TestACopyThatWasNotToldToListenGetsNoGate(t *testing.T) {
 	t.Parallel()
 	s := pgtest.New(t, pgtest.Options{Small: true})
-	s.Stop(t)
 	inst := start(t, dangerPlan(t, s))
 	if err := inst.OpenGate(t.Context(), "127.0.0.1:5499"); !errors.Is(err, backup.ErrUsage) {
 		t.Errorf("got %v, want %v", err, backup.ErrUsage)
