@@ -82,11 +82,11 @@ type Locale struct {
 
 // DumpPart is one stored object of a dump.
 type DumpPart struct {
-	Name        string `json:"name"`
-	Database    string `json:"database,omitempty"` // empty: globals, or everything
-	Size        Bytes  `json:"size"`               // as stored
-	SHA256      string `json:"sha256"`
-	PlainSize   Bytes  `json:"plain_size"` // what PostgreSQL's program wrote
+	Name      string `json:"name"`
+	Database  string `json:"database,omitempty"` // empty: globals, or everything
+	Size      Bytes  `json:"size"`               // as stored
+	SHA256    string `json:"sha256"`
+	PlainSize Bytes  `json:"plain_size"` // what PostgreSQL's program wrote
 	// PlainHash is the XXH64 of those bytes: a tenth of the work of a SHA-256,
 	// which is for the stored bytes.
 	PlainHash string `json:"plain_xxh64"`
