@@ -41,7 +41,7 @@ func (f *Flow) now() time.Time {
 
 // CreateClone makes a copy that people use until its lease ends:
 //
-//	refused what can be → golden image → Restore → mask → gate open → ready
+//	refused what can be → golden image → Restore → disarm → mask → gate open → ready
 //
 // The ledger has its name and lease before the first volume is made. Nobody
 // can connect before all masks ran. On an error nothing of it is left (a golden
@@ -156,9 +156,15 @@ func (f *Flow) claim(ctx context.Context, o CloneOptions, c backup.Copy) error {
 
 // handOver is all that is done between recovery and the first client.
 func (f *Flow) handOver(ctx context.Context, o CloneOptions, i *postgres.Instance, c *backup.Copy) error {
+	disarmed, err := i.Disarm(ctx)
+	for _, done := range disarmed {
+		f.tell("disarm", done)
+	}
+	if err != nil {
+		return fmt.Errorf("disarm clone %s: %w", o.Name, err)
+	}
 	f.tell("mask", fmt.Sprintf("%d files", len(o.Mask)))
-	err := fault.Point(ctx, "clone.mask")
-	if err == nil {
+	if err = fault.Point(ctx, "clone.mask"); err == nil {
 		err = i.Mask(ctx, postgres.MaskOptions{Files: o.Mask, KeepPasswords: o.KeepPasswords, Log: f.Log})
 	}
 	if err != nil {
@@ -211,7 +217,7 @@ func (f *Flow) StartClone(ctx context.Context, name string) (s CloneStatus, err 
 	if err != nil {
 		return s, err
 	}
-	c, i, err := restore.Reopen(ctx, f.Provider, restore.Options{Manifest: entry.Manifest, Copy: c, Installation: inst, Save: f.save, Progress: f.tell})
+	c, i, err := restore.Reopen(ctx, f.Provider, restore.Options{Manifest: entry.Manifest, Copy: c, Installation: inst, Listen: c.Clone.Listen, Program: f.Program, Save: f.save, Progress: f.tell})
 	if err == nil {
 		err = open(ctx, i, c)
 	}

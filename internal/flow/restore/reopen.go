@@ -50,7 +50,7 @@ func Reopen(ctx context.Context, p Provider, o Options) (backup.Copy, *postgres.
 		}
 	}
 	o.Progress("start", m.Server.Version)
-	instance, err := postgres.Start(ctx, postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Installation: o.Installation, Settings: o.Settings})
+	instance, err := postgres.Start(ctx, postgres.Copy{Root: c.Root, Data: c.DataDirectory, Server: m.Server, Installation: o.Installation, Settings: o.Settings, Listen: o.Listen, Program: o.Program})
 	return c, instance, err
 }
 
