@@ -53,7 +53,7 @@ func dumpOnce(b *testing.B, o dump.Options) (float64, backup.DumpManifest) {
 }
 
 // measureDump dumps one running copy in turn with cleancut's step, with and
-// without counting, and with pg_dumpall | zstd of the same level and as many
+// without counting, and with pg_dumpall | zstd of the same level and two
 // threads; all to nowhere.
 func (p *production) measureDump(b *testing.B, m backup.Manifest) {
 	b.Helper()
@@ -78,7 +78,7 @@ func (p *production) measureDump(b *testing.B, m backup.Manifest) {
 	plain, stored := got.Sizes()
 	tables, rows := got.Rows()
 	b.Log(strings.Join([]string{
-		fmt.Sprintf("%s of SQL, %d tables with %d rows, zstd level %d, two threads each; cleancut %s, zstd %s compressed", plain, tables, rows, zstdLevel, stored, backup.Bytes(compressed)),
+		fmt.Sprintf("%s of SQL, %d tables with %d rows, zstd level %d, zstd with two threads; cleancut %s, zstd %s compressed", plain, tables, rows, zstdLevel, stored, backup.Bytes(compressed)),
 		fmt.Sprintf("cleancut:               %.2f s", []float64(ours)),
 		fmt.Sprintf("cleancut, no counts:    %.2f s", []float64(uncounted)),
 		fmt.Sprintf("pg_dumpall | zstd:      %.2f s", []float64(theirs)),

@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -151,6 +152,15 @@ func (r *runner) look(ctx context.Context) error {
 	return nil
 }
 
+// threads is how many goroutines compress a part. On two processors pg_dump and
+// its server use both: handing blocks from one goroutine to another only costs.
+func (r *runner) threads() int {
+	if r.Archive == backup.ArchiveCustom && r.Jobs > 1 || runtime.GOMAXPROCS(0) <= 2 {
+		return 1
+	}
+	return 2
+}
+
 // tell adds to the progress.
 func (r *runner) tell(change func(p *Progress)) {
 	r.mu.Lock()
@@ -207,7 +217,7 @@ func (r *runner) part(ctx context.Context, name, db string, threads int, produce
 
 // whole is DumpSQL: one part with everything.
 func (r *runner) whole(ctx context.Context) error {
-	err := r.part(ctx, "all.sql"+ext(r.Options), "", 2, func(w io.Writer) error {
+	err := r.part(ctx, "all.sql"+ext(r.Options), "", r.threads(), func(w io.Writer) error {
 		if !r.NoCounts {
 			w = io.MultiWriter(w, &sqlScan{databases: r.all, tally: tally{done: r.tableDone}})
 		}
@@ -302,15 +312,11 @@ func (r *runner) perDatabase(ctx context.Context) error {
 // is for what would be everybody's.
 func (r *runner) database(ctx context.Context, d *database) error {
 	start := time.Now()
-	threads := 1
-	if r.Jobs == 1 {
-		threads = 2
-	}
 	var err error
 	if r.Archive == backup.ArchiveDirectory {
 		err = r.directory(ctx, d)
 	} else {
-		err = r.part(ctx, backup.PartName(d.Name)+".custom"+ext(r.Options), d.Name, threads, func(w io.Writer) error {
+		err = r.part(ctx, backup.PartName(d.Name)+".custom"+ext(r.Options), d.Name, r.threads(), func(w io.Writer) error {
 			return r.watched(w, func(w io.Writer) error {
 				return stream(ctx, r.pgDump(ctx, d, "--format=custom"), w)
 			}, func(in io.Reader) error { return (&tally{done: r.tableDone}).custom(in, d) })
@@ -376,7 +382,7 @@ func (r *runner) directory(ctx context.Context, d *database) (err error) {
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("pg_dump: %w: %s", err, strings.TrimSpace(said.String()))
 	}
-	return r.part(ctx, backup.PartName(d.Name)+".dir.tar"+ext(r.Options), d.Name, 2, func(w io.Writer) error { return r.tar(ctx, w, folder, d) })
+	return r.part(ctx, backup.PartName(d.Name)+".dir.tar"+ext(r.Options), d.Name, r.threads(), func(w io.Writer) error { return r.tar(ctx, w, folder, d) })
 }
 
 // tar packs the folder, and counts the rows in its files.
