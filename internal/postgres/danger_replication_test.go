@@ -120,7 +120,9 @@ func TestACopyOfASubscriberConsumesNothing(t *testing.T) {
 	subscriber.Exec(t, "ALTER DATABASE closed ALLOW_CONNECTIONS false")
 	server := inspect(t, subscriber).Server
 	subscriber.Crash(t)
-	active := func() bool { return dangerAsk[bool](t, publisher, "SELECT active FROM pg_replication_slots WHERE slot_name = 'sub'") }
+	active := func() bool {
+		return dangerAsk[bool](t, publisher, "SELECT active FROM pg_replication_slots WHERE slot_name = 'sub'")
+	}
 	until(t, "the real subscriber is away", func() bool { return !active() })
 	publisher.Exec(t, "INSERT INTO public.paid SELECT generate_series(1, 100)")
 	const slot = "SELECT coalesce(confirmed_flush_lsn::text, '') FROM pg_replication_slots WHERE slot_name = 'sub'"

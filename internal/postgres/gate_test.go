@@ -19,6 +19,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"cleancut/internal/backup"
+	"cleancut/internal/lab/labtest"
 	"cleancut/internal/postgres"
 	"cleancut/internal/postgres/pgtest"
 )
@@ -85,7 +86,7 @@ func sqlState(err error) string {
 func TestTheGateLetsInWhoKnowsAPasswordAndNobodyElse(t *testing.T) {
 	t.Parallel()
 	needRoot(t)
-	inst, listen := gateLab(t, nil)
+	inst, listen := gateLab(t, nil, func(c *postgres.Copy) { c.Program = labtest.Binary(t) }) // cleancut itself, as it is installed
 	if !inst.NetworkIsolated || inst.NetworkNote != "" {
 		t.Fatalf("got %v, %q, want a network of its own", inst.NetworkIsolated, inst.NetworkNote)
 	}
