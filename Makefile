@@ -23,7 +23,7 @@ demo: demo-deps build ## the whole story on this machine (DEMOFLAGS="--rows N --
 	bin/cleancut demo $(DEMOFLAGS)
 
 test: deps build ## all tests, also on real devices, arrays and servers (TESTFLAGS="-run X"); CI=true: a skip fails
-	go test -json -count=1 -timeout $(TIMEOUT) $(TESTFLAGS) ./... | scripts/testlog
+	go test -json -count=1 -p 3 -timeout $(TIMEOUT) $(TESTFLAGS) ./... | scripts/testlog
 
 drill-ci: deps build ## a small drill, in 3 minutes: what nothing protects must be damaged, the rest sound (DRILLFLAGS="--seed 7")
 	scripts/drill-ci

@@ -164,20 +164,19 @@ func (l *nightlyLab) measures(t *testing.T, want map[string]float64) map[string]
 	return got
 }
 
-// pointAt finds a fault point of the run o by a word in it, after the first
-// that holds the word before.
-func (o outcome) pointAt(t *testing.T, before, word string) string {
+// pointAt finds the fault point of the run o to which words in the points lead,
+// each behind the one before.
+func (o outcome) pointAt(t *testing.T, path ...string) string {
 	t.Helper()
-	from := slices.IndexFunc(o.points, func(p string) bool { return strings.Contains(p, before) })
-	if from >= 0 {
-		for i, p := range o.points[from:] {
-			if strings.Contains(p, word) {
-				return fmt.Sprintf("CLEANCUT_FAULT=error@%d", from+i+1)
-			}
+	at := -1
+	for _, word := range path {
+		n := slices.IndexFunc(o.points[at+1:], func(p string) bool { return strings.Contains(p, word) })
+		if n < 0 {
+			t.Fatalf("no point %q, of %q:\n%s", word, path, strings.Join(o.points, "\n"))
 		}
+		at += n + 1
 	}
-	t.Fatalf("no point %q after %q:\n%s", word, before, strings.Join(o.points, "\n"))
-	return ""
+	return fmt.Sprintf("CLEANCUT_FAULT=error@%d", at+1)
 }
 
 func TestNightly(t *testing.T) {
@@ -254,7 +253,7 @@ func TestNightly(t *testing.T) {
 		l.measures(t, map[string]float64{"exit_code": 1, "part_exit_code dump": 1, "part_exit_code verify": 0, "verdict_good": 1})
 	})
 	t.Run("the verification cannot judge", func(t *testing.T) {
-		n, o := l.nightly(t, []string{"CLEANCUT_BIN_DIRS=", full.pointAt(t, "catalog.put dump", "postgres.start")})
+		n, o := l.nightly(t, []string{"CLEANCUT_BIN_DIRS=", full.pointAt(t, "catalog.put dump", "postgres.start", "catalog.put dump", "postgres.start")})
 		n.wants(t, "done", "done", "failed 1", "not run: is not proven")
 		if o.code != 1 || len(p.ids(t)) < 2 {
 			t.Errorf("exit %d\n%s", o.code, o.err)
