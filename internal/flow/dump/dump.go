@@ -434,36 +434,23 @@ func (r *runner) tar(ctx context.Context, w io.Writer, folder string, d *databas
 	return archive.Close()
 }
 
-// pipeSize is how much pg_dumpall may be ahead of the compressor. With the
-// default of 64 KiB the two wait for each other all the time.
-const pipeSize = 1 << 20
-
 // stream runs the command and copies what it prints to w. It returns when both
 // have ended: the first error of the two, with what the command said.
 func stream(ctx context.Context, cmd *exec.Cmd, w io.Writer) error {
 	name := filepath.Base(cmd.Path)
-	pr, pw, err := os.Pipe()
+	pr, pw, err := newPipe(ctx)
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
-	}
-	defer pr.Close()
-	if conn, err := pr.SyscallConn(); err == nil { // Fd() would make reads uninterruptible
-		_ = conn.Control(func(fd uintptr) {
-			_, _ = unix.FcntlInt(fd, unix.F_SETPIPE_SZ, pipeSize) // only speed is lost without
-		})
 	}
 	said := &tail{}
 	cmd.Stdout, cmd.Stderr = pw, said
 	err = cmd.Start()
 	_ = pw.Close() // the child has its own
 	if err != nil {
-		return fmt.Errorf("%s: %w", name, err)
+		return errors.Join(fmt.Errorf("%s: %w", name, err), pr.Close())
 	}
-	// pg_dumpall's own children outlive its end: without a reader they end too.
-	stop := context.AfterFunc(ctx, func() { _ = pr.Close() })
-	defer stop()
 	_, copied := io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{pr}, make([]byte, pipeSize))
-	_ = pr.Close()
+	_ = pr.Close() // pg_dumpall's own children outlive its end: without a reader they end too
 	ran := cmd.Wait()
 	switch {
 	case ctx.Err() != nil:
