@@ -447,16 +447,23 @@ func TestACloneStoppedAnywhereLeavesNothing(t *testing.T) {
 	}
 	p := newCloneLab(t)
 	root := filepath.Join(p.dir, "copy", "c") // where leftovers looks
-	create := []string{"clone", "create", p.id, "--name", "c", "--to", root}
+	mask := filepath.Join(p.dir, "mask.sql")
+	if err := os.WriteFile(mask, []byte("DELETE FROM ledger;\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	create := []string{"clone", "create", p.id, "--name", "c", "--to", root, "--mask", mask, "--listen", cloneAddress(t)}
 	drop := func(t *testing.T, _ outcome) {
 		t.Helper()
 		p.must(t, "clone", "destroy", "c")
 	}
 	t.Run("create", func(t *testing.T) {
-		p.underFaults(t, flowUnderFault{of: []string{""}, removes: drop, args: func(*testing.T) []string { return create }})
+		args := func(*testing.T) []string { return create }
+		p.underFaults(t, flowUnderFault{killsOnce: true, removes: drop, args: args})
+		// The restore's own points have their sweep, with errors and cancels.
+		p.underFaults(t, flowUnderFault{of: []string{"clone.", "postgres.mask", "postgres.gate"}, removes: drop, args: args})
 	})
 	t.Run("destroy", func(t *testing.T) {
-		p.underFaults(t, flowUnderFault{of: []string{""}, removes: func(*testing.T, outcome) {}, args: func(t *testing.T) []string {
+		p.underFaults(t, flowUnderFault{killsOnce: true, removes: func(*testing.T, outcome) {}, args: func(t *testing.T) []string {
 			if o := p.run(t, create...); o.code != 0 {
 				t.Fatalf("exit %d\n%s", o.code, o.err)
 			}
