@@ -3,6 +3,7 @@ package main_test
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -291,11 +292,12 @@ func TestBadLuckOfARestore(t *testing.T) {
 		})
 	})
 	run("the manifest is of a newer version", func(t *testing.T) {
+		mine, newer := fmt.Sprintf(`"version": %d`, backup.ManifestVersion), fmt.Sprint(backup.ManifestVersion+1)
 		p.edited(t, id, "manifest.json", func(b []byte) []byte {
-			return []byte(strings.Replace(string(b), `"version": 4`, `"version": 5, "new": true`, 1))
+			return []byte(strings.Replace(string(b), mine, `"version": `+newer+`, "new": true`, 1))
 		}, func() {
-			restore(t, p.lab).refused(t, 1, "manifest version 5", "reads up to 4", "or a newer one")
-			p.leavesAlone(t, id, "unreadable", "manifest version 5")
+			restore(t, p.lab).refused(t, 1, "manifest version "+newer, fmt.Sprintf("reads up to %d", backup.ManifestVersion), "or a newer one")
+			p.leavesAlone(t, id, "unreadable", "manifest version "+newer)
 		})
 	})
 	run("another manifest than the one that was completed", func(t *testing.T) {
